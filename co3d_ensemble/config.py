@@ -1,0 +1,252 @@
+"""Every setting of an experiment, with its default and one line of help: the schema behind ``configs/`` and ``--help``.
+
+Plain dataclasses, so that Hydra rejects unknown keys and wrong types by name. The defaults are the published recipe
+(CO3D many-view solution, "Training Parameters") where the slides give a figure; files in ``configs/experiment`` hold
+only what differs. ``validate`` checks what types cannot.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Iterator
+
+from omegaconf import MISSING
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with a line of help; mutable defaults are copied per instance."""
+    metadata = {"help": help}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class NeRFConfig:
+    """The radiance MLP (Mildenhall et al., ECCV 2020); also the arguments of the component ``NeRFImplicitFunction``."""
+
+    n_layers: int = setting(8, "hidden layers of the trunk")
+    n_hidden: int = setting(256, "width of the trunk")
+    skip_layers: tuple[int, ...] = setting((5,), "0-based trunk layers that see the encoded point again")
+    n_hidden_color: int = setting(128, "width of the colour head")
+    n_harmonics_xyz: int = setting(10, "octaves of the point encoding")
+    n_harmonics_dir: int = setting(4, "octaves of the direction encoding")
+    density_scale: float = setting(10.0, "density per box unit that a raw output of 1 stands for")
+    density_bias: float = setting(0.0, "added to the raw density before its activation")
+    density_activation: str = setting("softplus", "relu | softplus")
+    density_noise_std: float = setting(0.05, "std of the noise on the raw density while training")
+    precision: str = setting("float32", "float32 | bfloat16: autocast of the MLP")
+    compile: bool = setting(False, "torch.compile the MLP")
+
+
+@dataclass
+class RendererConfig:
+    """Also the arguments of the component ``OccupancyAwareRenderer``."""
+
+    n_pts_per_ray_coarse: int = setting(96, "stratified samples per ray of the coarse pass")
+    n_pts_per_ray_fine: int = setting(96, "importance samples that the fine pass adds to the coarse ones")
+    occupied_floor: float = setting(0.01, "weight that every occupied coarse sample keeps in importance sampling")
+
+
+@dataclass
+class OccupancyConfig:
+    """The grid that tells both models which samples to skip."""
+
+    enabled: bool = setting(True, "skip samples in empty voxels")
+    resolution: int = setting(128, "voxels along the longest side of the box")
+    refine_from: float = setting(0.05, "share of max_steps after which the density refines the grid")
+    refine_every: float = setting(0.01, "share of max_steps between two refinements")
+    opacity_threshold: float = setting(0.005, "a voxel is empty when its opacity over one voxel length stays below this")
+    decay: float = setting(0.9, "factor on a voxel's remembered density per refinement")
+
+
+@dataclass
+class CameraJitterConfig:
+    """Camera jitter of the recipe, with every reading of the slide; see specs in the README."""
+
+    mode: str = setting("off", "off | view_direction | fixed_gauge | extrinsics")
+    angle_std: float = setting(math.pi * 0.0625, "radians: std of the rotation of view_direction and fixed_gauge")
+    extrinsics_angle_std: float = setting(0.001, "radians: std of the per-step camera rotation of extrinsics")
+    extrinsics_shift_std: float = setting(0.001, "std of the per-step camera shift of extrinsics, in camera distances")
+
+
+@dataclass
+class ImplicitronModelConfig:
+    """One of Implicitron's own models, given as its trainer would take it."""
+
+    model_class_type: str = setting("OverfitModel", "OverfitModel | GenericModel")
+    args: dict[str, Any] = setting({}, "model_<class>_args in Implicitron's format; loss_weights belong here")
+    frames_per_step: int = setting(1, "target photographs per optimisation step")
+
+
+@dataclass
+class ModelConfig:
+    kind: str = setting("nerf", "nerf | implicitron")
+    nerf: NeRFConfig = setting(NeRFConfig, "radiance MLP of the fine (and by default the coarse) pass")
+    coarse_overrides: dict[str, Any] = setting({}, "settings of the coarse MLP that differ from model.nerf")
+    renderer: RendererConfig = setting(RendererConfig, "samples per ray")
+    occupancy: OccupancyConfig = setting(OccupancyConfig, "empty-space skipping")
+    camera_jitter: CameraJitterConfig = setting(CameraJitterConfig, "camera jitter while training")
+    implicitron: ImplicitronModelConfig = setting(ImplicitronModelConfig, "used when kind is implicitron")
+
+
+@dataclass
+class BoundsConfig:
+    mode: str = setting("visual_hull", "visual_hull: box carved from the masks | near_far: fixed distances")
+    near: float = setting(3.0, "near distance of near_far, world units")
+    far: float = setting(24.0, "far distance of near_far, world units")
+    overrides: dict[str, list[float]] = setting({}, "near_far per '<category>/<subset_name>': [near, far]")
+    hull_tolerance: float = setting(0.1, "share of the masks that may miss a voxel of the hull (bad masks)")
+    hull_margin: float = setting(0.05, "margin around the hull, in box sides")
+
+
+@dataclass
+class DataConfig:
+    longest_side: int | None = setting(None, "resize frames to this longest side in pixels; null: full size")
+    val_share: float = setting(0.05, "share of the known frames held out where the set list has no usable val frames")
+    min_known_frames: int = setting(8, "fewest good known frames to train on")
+    max_val_frames: int = setting(12, "validation frames rendered per validation, evenly spread")
+    bounds: BoundsConfig = setting(BoundsConfig, "where the object may be")
+
+
+@dataclass
+class TrainingConfig:
+    max_steps: int = setting(350_000, "optimisation steps; every schedule scales with it")
+    budget_minutes: float | None = setting(None, "probe the speed and set max_steps so that training takes this long")
+    n_rays: int = setting(1024, "rays per step")
+    lr: float = setting(5e-4, "Adam's learning rate after the warm-up")
+    lr_final: float = setting(0.0, "share of lr at the end of the cosine")
+    betas: tuple[float, float] = setting((0.9, 0.999), "Adam's moment decay rates")
+    adam_eps: float = setting(1e-8, "Adam's epsilon")
+    schedule: str = setting("warmup_cosine", "warmup_cosine | steps (Implicitron's: x0.1 at 50% and 75%)")
+    warmup: float = setting(0.01, "share of max_steps with a linear warm-up")
+    clip_grad_norm: float | None = setting(1.0, "gradient-norm clip; null: off")
+    ema: bool = setting(True, "evaluate an exponential moving average of the weights")
+    ema_horizon: float = setting(35.0, "decay = 1 - ema_horizon / max_steps: 0.9999 at 350,000 steps")
+    loss_weights: dict[str, float] = setting(
+        {
+            "loss_roi_rgb": 1.0,
+            "loss_prev_stage_roi_rgb": 1.0,
+            "loss_alpha_bce": 1.0,
+            "loss_prev_stage_alpha_bce": 1.0,
+            "loss_sample_entropy": 1e-5,
+        },
+        "weight per loss name; an unknown name is an error",
+    )
+    ramped_losses: tuple[str, ...] = setting(("loss_sample_entropy",), "losses ramped in linearly after the warm-up")
+    ramp: float = setting(0.05, "share of max_steps over which they ramp")
+    validate_every: float = setting(0.1, "share of max_steps between validations")
+    early_stopping_patience: int | None = setting(None, "stop after this many validations without a better psnr_masked")
+    checkpoint_every_seconds: float = setting(120.0, "seconds between checkpoints")
+    log_every: int = setting(50, "steps between two lines of metrics")
+    resume: str = setting("auto", "auto: go on from the last good checkpoint | never: refuse an existing run | restart: discard it")
+    seed: int = setting(0, "of weights, ray sampling and noise")
+    deterministic: bool = setting(False, "torch's deterministic algorithms: resumed runs equal uninterrupted ones bit for bit on CPU")
+    progress: bool = setting(True, "progress bar")
+
+
+@dataclass
+class RenderingConfig:
+    chunk_rays: int = setting(16_384, "rays rendered at once")
+
+
+@dataclass
+class ExperimentConfig:
+    """One member model on one sequence."""
+
+    dataset_root: str = setting(MISSING, "CO3Dv2 root folder")
+    category: str = setting(MISSING, "e.g. cape")
+    subset_name: str = setting("manyview_dev_0", "e.g. manyview_dev_0")
+    output_dir: str = setting("outputs", "runs go to <output_dir>/<category>/<subset_name>/<member>")
+    member: str = setting("nerf", "name of the run's folder, unique within an ensemble")
+    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
+    data: DataConfig = setting(DataConfig, "frames and bounds")
+    model: ModelConfig = setting(ModelConfig, "what is trained")
+    training: TrainingConfig = setting(TrainingConfig, "how it is trained")
+    rendering: RenderingConfig = setting(RenderingConfig, "how it is rendered")
+
+
+# Keys that cannot change the result: a resumed run may differ in them.
+FREE_KEYS = (
+    "dataset_root",
+    "output_dir",
+    "device",
+    "training.checkpoint_every_seconds",
+    "training.log_every",
+    "training.resume",
+    "training.progress",
+    "training.budget_minutes",
+    "rendering.chunk_rays",
+)
+
+_CHOICES = {
+    "model.kind": ("nerf", "implicitron"),
+    "model.nerf.density_activation": ("relu", "softplus"),
+    "model.nerf.precision": ("float32", "bfloat16"),
+    "model.camera_jitter.mode": ("off", "view_direction", "fixed_gauge", "extrinsics"),
+    "data.bounds.mode": ("visual_hull", "near_far"),
+    "training.schedule": ("warmup_cosine", "steps"),
+    "training.resume": ("auto", "never", "restart"),
+}
+_POSITIVE = (
+    "training.max_steps",
+    "training.n_rays",
+    "training.lr",
+    "training.validate_every",
+    "training.log_every",
+    "rendering.chunk_rays",
+    "model.occupancy.resolution",
+    "model.nerf.n_layers",
+    "model.nerf.n_hidden",
+    "model.renderer.n_pts_per_ray_coarse",
+    "data.min_known_frames",
+)
+
+
+def validate(config: Any) -> None:
+    """Checks values that types cannot.
+
+    Args:
+        config: an ``ExperimentConfig`` or an omegaconf node of that shape.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+
+    def get(key: str) -> Any:
+        node = config
+        for part in key.split("."):
+            node = getattr(node, part)
+        return node
+
+    for key, allowed in _CHOICES.items():
+        if get(key) not in allowed:
+            raise ValueError(f"{key}={get(key)!r}: expected one of {', '.join(allowed)}")
+    for key in _POSITIVE:
+        if not get(key) > 0:
+            raise ValueError(f"{key}={get(key)!r}: must be positive")
+    near, far = config.data.bounds.near, config.data.bounds.far
+    for name, (low, high) in {"near, far": (near, far), **{k: v for k, v in config.data.bounds.overrides.items()}}.items():
+        if not 0 < low < high:
+            raise ValueError(f"data.bounds {name}: need 0 < near < far, got {low}, {high}")
+    if config.data.longest_side is not None and config.data.longest_side < 8:
+        raise ValueError(f"data.longest_side={config.data.longest_side}: must be at least 8 pixels or null")
+    if not 0 < config.data.val_share < 1:
+        raise ValueError(f"data.val_share={config.data.val_share}: must lie in (0, 1)")
+
+
+def settings_with_help(config_class: type = ExperimentConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Yields (dotted key, default, help) of every leaf setting, in declaration order."""
+    for entry in fields(config_class):
+        value = entry.default_factory() if entry.default_factory is not _MISSING_FACTORY else entry.default  # type: ignore[misc]
+        key = prefix + entry.name
+        if is_dataclass(value):
+            yield from settings_with_help(type(value), key + ".")
+        else:
+            yield key, value, entry.metadata["help"]
+
+
+_MISSING_FACTORY = next(f for f in fields(ExperimentConfig) if f.name == "device").default_factory

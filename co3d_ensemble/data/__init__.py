@@ -1,0 +1,1 @@
+"""Floor 1: bytes on disk to frames to rays; no PyTorch3D."""

@@ -1,0 +1,1 @@
+"""Floor 0: pure functions on tensors. Imports torch and the standard library only."""

@@ -1,0 +1,1 @@
+"""Floor 4: what a person looks at - pictures and plots."""

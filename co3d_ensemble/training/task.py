@@ -1,0 +1,43 @@
+"""What the training loop trains: a small interface that a field on rays, an Implicitron model and MINE all fill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+
+class Task(Protocol):
+    """One thing to train. The loop owns steps, optimizer, EMA, checkpoints and logs; the task owns meaning.
+
+    Randomness: before ``batch(step)`` the loop seeds torch's default generators from (seed, step); a task draws from
+    them and keeps no generator of its own, so that a resumed run sees the same numbers.
+
+    Attributes:
+        model: trained module. Its ``state_dict`` must hold everything that rendering needs (occupancy included).
+    """
+
+    model: nn.Module
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Adam's groups: ``{"params": [...], "name": str, "lr": float}``; ``lr`` is the rate after the warm-up."""
+
+    def batch(self, step: int) -> Any:
+        """What ``losses`` takes, already on the device."""
+
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Unweighted scalar losses under stable names."""
+
+    def validate(self) -> dict[str, float]:
+        """Metrics of ``model`` as it stands (the loop has put the EMA weights in); must hold ``psnr_masked``."""
+
+    def pictures(self) -> Iterable[tuple[str, Tensor]]:
+        """(tag, uint8 picture (3, H, W)) pairs for TensorBoard, from the last ``validate``."""
+
+    def structure(self, step: int) -> bool:
+        """Changes the model's structure if ``step`` asks for it (occupancy refinement, upsampling).
+
+        Returns:
+            True when parameters were replaced: the loop then rebuilds optimizer groups and EMA.
+        """
