@@ -99,7 +99,7 @@ class BoundsConfig:
     near: float = setting(3.0, "near distance of near_far, world units")
     far: float = setting(24.0, "far distance of near_far, world units")
     overrides: dict[str, list[float]] = setting({}, "near_far per '<category>/<subset_name>': [near, far]")
-    hull_tolerance: float = setting(0.1, "share of the masks that may miss a voxel of the hull (bad masks)")
+    hull_tolerance: float = setting(0.05, "share of the masks that may miss a voxel of the hull (bad masks)")
     hull_margin: float = setting(0.05, "margin around the hull, in box sides")
 
 

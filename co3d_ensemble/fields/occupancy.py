@@ -1,0 +1,79 @@
+"""The occupancy grid: which voxels of the object's box may hold something. Both models skip samples outside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from co3d_ensemble.functional.visual_hull import voxel_centers
+
+
+class OccupancyGrid(nn.Module):
+    """A boolean grid over a fixed box, carved by the visual hull and refined from the density during training.
+
+    Buffers (all in the state dict, so a checkpoint renders as the model did):
+        box: lower and upper corner, (2, 3), world units.
+        hull: voxels that may ever be occupied, bool (nx, ny, nz).
+        occupied: voxels whose samples are evaluated, bool (nx, ny, nz); a subset of ``hull``.
+        density: largest recently seen density per voxel, (nx, ny, nz), per world unit.
+
+    Args:
+        box: shape (2, 3).
+        hull: boolean grid.
+        opacity_threshold: a voxel counts as empty when a ray crossing one voxel length of its density would be less
+            opaque than this.
+        decay: factor on the remembered density per refinement.
+    """
+
+    def __init__(self, box: Tensor, hull: Tensor, *, opacity_threshold: float = 0.005, decay: float = 0.9) -> None:
+        super().__init__()
+        self.opacity_threshold, self.decay = opacity_threshold, decay
+        self.register_buffer("box", box.clone())
+        self.register_buffer("hull", hull.clone())
+        self.register_buffer("occupied", hull.clone())
+        # infinite until seen: nothing is declared empty before the density there has been looked at
+        self.register_buffer("density", torch.full(hull.shape, torch.inf, device=hull.device))
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Whether points (..., 3) in world units lie in an occupied voxel: bool (...). False outside the box."""
+        low, high = self.box[0], self.box[1]
+        resolution = torch.tensor(self.occupied.shape, device=points.device)
+        index = ((points - low) * (resolution / (high - low))).floor().long()
+        inside = ((index >= 0) & (index < resolution)).all(dim=-1)
+        index = index.clamp_min(0).minimum(resolution - 1)
+        flat = (index[..., 0] * self.occupied.shape[1] + index[..., 1]) * self.occupied.shape[2] + index[..., 2]
+        return self.occupied.reshape(-1)[flat] & inside
+
+    @property
+    def voxel_length(self) -> Tensor:
+        """Mean side of a voxel, world units."""
+        return ((self.box[1] - self.box[0]) / torch.tensor(self.occupied.shape, device=self.box.device)).mean()
+
+    @torch.no_grad()
+    def refine(self, density: Callable[[Tensor], Tensor], *, chunk: int = 1 << 18) -> None:
+        """Looks at one random point of every hull voxel and declares voxels empty or occupied (Mueller et al. 2022, C).
+
+        The remembered density is the larger of the new one and ``decay`` times the old; a voxel is occupied when its
+        opacity over one voxel length, or that of one of its 26 neighbours, reaches the threshold. Never leaves the hull.
+        If nothing would remain, the grid is left as it is.
+
+        Args:
+            density: world points (n, 3) to density per world unit (n,).
+            chunk: points per call.
+        """
+        cells = self.hull.reshape(-1).nonzero()[:, 0]
+        size = (self.box[1] - self.box[0]) / torch.tensor(self.hull.shape, device=self.box.device)
+        centers = voxel_centers(self.box, tuple(self.hull.shape)).reshape(-1, 3)[cells]
+        points = centers + (torch.rand_like(centers) - 0.5) * size
+        new = torch.cat([density(part) for part in points.split(chunk)]) if len(points) else points[:, 0]
+        remembered = self.density.reshape(-1)
+        old = remembered[cells]
+        remembered[cells] = torch.where(torch.isinf(old), new, torch.maximum(new, old * self.decay))
+        opacity = -torch.expm1(-torch.where(self.hull, self.density, 0) * self.voxel_length)
+        dense = (opacity >= self.opacity_threshold).float()
+        grown = torch.nn.functional.max_pool3d(dense[None, None], 3, stride=1, padding=1)[0, 0] > 0
+        refined = grown & self.hull
+        if bool(refined.any()):
+            self.occupied.copy_(refined)

@@ -1,0 +1,153 @@
+"""Where the object can be, from its masks alone: a box and a carved voxel grid (Laurentini 1994), robust to bad masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from co3d_ensemble.functional.cameras import nearest_point_to_rays, pixel_rays, project
+from co3d_ensemble.functional.types import Frame
+
+COARSE_RESOLUTION = 64  # of the first carving, whose box the final grid refines
+_MIN_VIEW_SHARE = 0.25  # a voxel that a smaller share of the cameras sees is not part of the object that they all look at
+_CANDIDATE_SCALE = 1.25  # slack of the first box around the masks' angular extent
+
+
+def _mask_stop(mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Centroid (2,) and extent corners (4, 2) in pixels of a boolean mask (H, W); None when it is empty."""
+    rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
+    if rows.numel() == 0:
+        return None
+    y, x = torch.stack((rows[0], rows[-1])) + 0.5, torch.stack((columns[0], columns[-1])) + 0.5
+    corners = torch.stack((x[[0, 0, 1, 1]], y[[0, 1, 0, 1]]), dim=-1)
+    return corners.mean(dim=0), corners
+
+
+def candidate_box(frames: list[Frame]) -> Tensor:
+    """A cube that surely holds the object, from the masks' bounding boxes and the cameras; any scale, any centre.
+
+    The centre is the point closest to the rays through the masks' centres (refitted once without the worst quarter of
+    the frames); the half side is the 90th percentile over frames of the masks' reach around that centre.
+
+    Returns:
+        Lower and upper corner, shape (2, 3), world units.
+
+    Raises:
+        ValueError: no frame has a foreground pixel, or the cameras do not look at a common point.
+    """
+    origins, directions, corner_rays = [], [], []
+    for frame in frames:
+        stop = _mask_stop(frame.mask[0] > 127)
+        if stop is None:
+            continue
+        centroid, corners = stop
+        origin, direction = pixel_rays(frame.camera, centroid[None].to(frame.camera.focal))
+        _, around = pixel_rays(frame.camera, corners.to(frame.camera.focal))
+        origins.append(origin[0])
+        directions.append(direction[0])
+        corner_rays.append(around)
+    if not origins:
+        raise ValueError(f"none of the {len(frames)} frames has a foreground pixel in its mask")
+    origin, direction, around = torch.stack(origins), torch.stack(directions), torch.stack(corner_rays)
+    keep = torch.ones(len(origin), dtype=torch.bool)
+    for _ in range(2):
+        center = nearest_point_to_rays(origin[keep], direction[keep])
+        offset = center - origin
+        miss = (offset - (offset * direction).sum(-1, keepdim=True) * direction).norm(dim=-1) / offset.norm(dim=-1)
+        keep = miss <= miss.quantile(0.75)
+    along = ((center - origin) * direction).sum(dim=-1)
+    if not torch.isfinite(center).all() or not (along[keep] > 0).all():
+        raise ValueError("the cameras do not look at a common point in front of them: check the camera convention")
+    # distance of the object's centre from the rays through the corners of the mask's bounding box
+    offset = (center - origin)[:, None]
+    reach = (offset - (offset * around).sum(-1, keepdim=True) * around).norm(dim=-1).amax(dim=-1)
+    half = _CANDIDATE_SCALE * reach.quantile(0.9)
+    return torch.stack((center - half, center + half))
+
+
+def voxel_centers(box: Tensor, resolution: tuple[int, int, int]) -> Tensor:
+    """Centres of a grid over ``box`` (2, 3), x slowest: shape (nx, ny, nz, 3)."""
+    axes = [
+        box[0, i] + (torch.arange(n, dtype=box.dtype, device=box.device) + 0.5) * (box[1, i] - box[0, i]) / n
+        for i, n in enumerate(resolution)
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+
+
+def grid_resolution(box: Tensor, longest: int) -> tuple[int, int, int]:
+    """Voxel counts of nearly cubic voxels with ``longest`` along the longest side of ``box`` (2, 3)."""
+    side = box[1] - box[0]
+    counts = (longest * side / side.max()).round().clamp_min(1).long().tolist()
+    return counts[0], counts[1], counts[2]
+
+
+def carve(frames: list[Frame], box: Tensor, resolution: tuple[int, int, int], *, tolerance: float) -> Tensor:
+    """Voxels that fall inside the masks of all but a share ``tolerance`` of the frames that see them.
+
+    Each mask is dilated by the voxel's projected half diagonal first, so no occupied space is lost to the grid's
+    coarseness. A frame does not judge voxels outside its picture or behind it; a voxel that less than a quarter of the
+    frames see is empty.
+
+    Args:
+        frames: with ``mask`` (1, H, W) uint8.
+        box: lower and upper corner, shape (2, 3).
+        resolution: voxels per axis.
+        tolerance: in [0, 1).
+
+    Returns:
+        Boolean grid, shape ``resolution``.
+    """
+    points = voxel_centers(box, resolution).reshape(-1, 3)
+    half_diagonal = 0.5 * ((box[1] - box[0]) / torch.tensor(resolution, dtype=box.dtype)).norm()
+    center = box.mean(dim=0, keepdim=True)
+    seen = torch.zeros(len(points), dtype=torch.int32)
+    inside = torch.zeros(len(points), dtype=torch.int32)
+    for frame in frames:
+        camera = frame.camera
+        _, center_z = project(center, camera)
+        radius = int(torch.ceil(camera.focal.max() * half_diagonal / center_z.clamp_min(1e-6)).clamp(0, max(camera.height, camera.width)))
+        mask = (frame.mask > 127).float()
+        if radius > 0:
+            for size in ((2 * radius + 1, 1), (1, 2 * radius + 1)):  # a square maximum filter is separable
+                mask = torch.nn.functional.max_pool2d(mask, size, stride=1, padding=(size[0] // 2, size[1] // 2))
+        pixels, z = project(points, camera)
+        column, row = pixels[:, 0].floor().long(), pixels[:, 1].floor().long()
+        visible = (z > 0) & (column >= 0) & (row >= 0) & (column < camera.width) & (row < camera.height)
+        index = row.clamp(0, camera.height - 1) * camera.width + column.clamp(0, camera.width - 1)
+        seen += visible
+        inside += visible & (mask.reshape(-1)[index] > 0)
+    enough = seen >= max(1.0, _MIN_VIEW_SHARE * len(frames))
+    return (enough & (inside >= (1 - tolerance) * seen)).reshape(resolution)
+
+
+def tight_box(occupied: Tensor, box: Tensor, margin: float) -> Tensor:
+    """Box around the occupied voxels plus ``margin`` (in longest sides of that box) on every side, shape (2, 3).
+
+    Raises:
+        ValueError: no voxel is occupied.
+    """
+    cells = occupied.nonzero()
+    if len(cells) == 0:
+        raise ValueError("the visual hull is empty: masks and cameras disagree (try data.bounds.hull_tolerance=0.3 or data.bounds.mode=near_far)")
+    size = (box[1] - box[0]) / torch.tensor(occupied.shape, dtype=box.dtype)
+    low, high = box[0] + cells.amin(dim=0) * size, box[0] + (cells.amax(dim=0) + 1) * size
+    slack = margin * (high - low).max()
+    return torch.stack((low - slack, high + slack))
+
+
+def visual_hull(frames: list[Frame], *, longest: int, tolerance: float, margin: float) -> tuple[Tensor, Tensor]:
+    """Box of the object and its hull on a grid.
+
+    Args:
+        frames: known frames with masks and cameras.
+        longest: voxels along the longest side of the final grid.
+        tolerance: share of masks that may miss an occupied voxel.
+        margin: of the box around the hull, in longest sides.
+
+    Returns:
+        box (2, 3) in world units and boolean grid (nx, ny, nz).
+    """
+    cube = candidate_box(frames)
+    coarse = carve(frames, cube, (COARSE_RESOLUTION,) * 3, tolerance=tolerance)
+    box = tight_box(coarse, cube, margin)
+    return box, carve(frames, box, grid_resolution(box, longest), tolerance=tolerance)
