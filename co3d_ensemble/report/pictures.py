@@ -1,0 +1,272 @@
+"""Pictures of results: comparison sheets of target frames, depth and error in false colours, training curves.
+
+Pictures are uint8 tensors (3, H, W); files appear whole, by write-to-temporary, fsync and rename.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from co3d_ensemble.functional.metrics import psnr_masked
+from co3d_ensemble.functional.types import RenderedView
+
+ERROR_RANGE = 0.25  # mean absolute colour error shown brightest: a quarter of the range is plainly wrong
+COLUMNS = ("photograph", "target", "render", "depth, near red", "mask", f"error, 0 to {ERROR_RANGE}")
+DEPTH_QUANTILES = (0.02, 0.98)  # a few stray samples must not flatten the colours of the rest
+_SMALLEST_SIDE, _LARGEST_SIDE = 160, 384  # longest side of a cell in pixels: tiny frames visible, sheets of few megabytes
+_GAP, _HEADER, _CAPTION = 4, 30, 26
+_BACKGROUND, _TEXT, _FAINT = (22, 24, 28), (235, 235, 235), (175, 180, 190)
+
+SheetRow = tuple[str, Tensor, RenderedView, Tensor]
+
+
+@lru_cache
+def _palette(name: str) -> Tensor:
+    """256 colours of a matplotlib colour map, uint8, shape (256, 3)."""
+    colors = matplotlib.colormaps[name](np.arange(256))[:, :3]
+    return torch.from_numpy((colors * 255).round().astype(np.uint8))
+
+
+def _false_color(values: Tensor, palette: str) -> Tensor:
+    """Values in [0, 1], shape (H, W) -> uint8 (3, H, W)."""
+    index = (values.clamp(0, 1) * 255).round().long()
+    return _palette(palette)[index].permute(2, 0, 1)
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """Picture in [0, 1] (or uint8 already), shape (1 or 3, H, W) -> uint8 (3, H, W) on the CPU; what is not finite is black."""
+    image = image.detach().cpu()
+    if image.dtype != torch.uint8:
+        image = (image.float().nan_to_num(0.0, 0.0, 0.0).clamp(0, 1) * 255).round().to(torch.uint8)
+    return image.expand(3, -1, -1)
+
+
+def depth_to_rgb(depth: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Depth in false colours, near red and far blue, fading to black with the opacity.
+
+    Args:
+        depth: z in any unit, 0 where there is no surface, shape (1, H, W).
+        mask: opacity; the colours span the depths where it exceeds 0.5; shape (1, H, W).
+
+    Returns:
+        uint8, shape (3, H, W).
+    """
+    depth = depth.detach().cpu().float()[0]
+    opacity = torch.ones_like(depth) if mask is None else mask.detach().cpu().float()[0].nan_to_num(0.0).clamp(0, 1)
+    surface = torch.isfinite(depth) & (depth > 0)
+    inside = surface & (opacity > 0.5)
+    if not inside.any():
+        inside = surface
+    if not inside.any():
+        return torch.zeros(3, *depth.shape, dtype=torch.uint8)
+    # numpy: torch.quantile refuses more than 16 million values
+    near, far = np.quantile(depth[inside].numpy(), DEPTH_QUANTILES)
+    span = far - near
+    nearness = (far - depth) / span if span > 0 else torch.full_like(depth, 0.5)
+    colors = _false_color(nearness.nan_to_num(0.0, 0.0, 0.0), "turbo")
+    return (colors * (opacity * surface)).round().to(torch.uint8)
+
+
+def error_to_rgb(predicted: Tensor, target: Tensor, *, largest: float = ERROR_RANGE) -> Tensor:
+    """Mean absolute colour difference per pixel in false colours: black is equal, pale yellow is ``largest`` or more.
+
+    Args:
+        predicted, target: in [0, 1], shape (3, H, W).
+
+    Returns:
+        uint8, shape (3, H, W).
+    """
+    error = (predicted.detach().cpu().float() - target.detach().cpu().float()).abs().mean(dim=0)
+    return _false_color(error.nan_to_num(largest) / largest, "inferno")
+
+
+def comparison_sheet(rows: Sequence[SheetRow]) -> Tensor:
+    """One row per frame: photograph | masked target | render | depth | rendered mask | error.
+
+    Args:
+        rows: (title, photograph in [0, 1] or uint8 (3, H, W), rendered view, foreground probability in [0, 1] or uint8
+            (1, H, W)); frames may differ in size, the parts of one row may not.
+
+    Returns:
+        uint8, shape (3, height, width); tiny frames are enlarged without smoothing, large ones reduced.
+
+    Raises:
+        ValueError: no rows, or the parts of a row differ in size; the message names the row.
+    """
+    if not rows:
+        raise ValueError("a comparison sheet needs at least one row")
+    strips = [_row_cells(*row) for row in rows]
+    cell_width = max(cells[0].shape[2] for _, cells in strips)
+    width = _GAP + len(COLUMNS) * (cell_width + _GAP)
+    height = _HEADER + sum(_CAPTION + cells[0].shape[1] + _GAP for _, cells in strips)
+    sheet = Image.new("RGB", (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(sheet)
+    left = [_GAP + column * (cell_width + _GAP) for column in range(len(COLUMNS))]
+    for x, name in zip(left, COLUMNS, strict=True):
+        draw.text((x + cell_width / 2, _HEADER / 2), name, fill=_TEXT, font=_font(17), anchor="mm")
+    y = _HEADER
+    for caption, cells in strips:
+        draw.text((_GAP + 2, y + _CAPTION / 2), caption, fill=_FAINT, font=_font(15), anchor="lm")
+        y += _CAPTION
+        for x, cell in zip(left, cells, strict=True):
+            sheet.paste(_to_pil(cell), (x + (cell_width - cell.shape[2]) // 2, y))
+        y += cells[0].shape[1] + _GAP
+    return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
+
+
+def _row_cells(title: str, photograph: Tensor, view: RenderedView, gt_mask: Tensor) -> tuple[str, list[Tensor]]:
+    """Caption and the six cells of one frame, all of one size."""
+    sizes = {tuple(part.shape[-2:]) for part in (photograph, gt_mask, view.rgb, view.depth, view.mask)}
+    if len(sizes) != 1:
+        raise ValueError(f"{title}: photograph, mask and rendered view differ in size: {sorted(sizes)}")
+    gt, view = _unit(photograph), view.cpu()
+    foreground = (_unit(gt_mask) > 0.5).float()
+    target = gt * foreground
+    cells = [
+        to_uint8(gt),
+        to_uint8(target),
+        to_uint8(view.rgb),
+        depth_to_rgb(view.depth, view.mask),
+        to_uint8(view.mask),
+        error_to_rgb(view.rgb, target),
+    ]
+    finite = bool(torch.isfinite(view.rgb).all())
+    score = f"psnr_masked {psnr_masked(view.rgb, gt, foreground).item():.1f} dB" if finite else "render is not finite"
+    return f"{title}   {score}", [_fit(cell) for cell in cells]
+
+
+def _unit(image: Tensor) -> Tensor:
+    """uint8 or float picture -> float in [0, 1] on the CPU."""
+    image = image.detach().cpu()
+    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
+
+
+def _fit(cell: Tensor) -> Tensor:
+    """Tiny cells enlarged by a whole factor without smoothing, large ones reduced by averaging."""
+    height, width = cell.shape[1:]
+    longest = max(height, width)
+    if longest > _LARGEST_SIDE:
+        scale = _LARGEST_SIDE / longest
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        return torch.from_numpy(np.array(_to_pil(cell).resize(size, Image.Resampling.BOX))).permute(2, 0, 1)
+    factor = max(1, _SMALLEST_SIDE // longest)
+    return cell.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
+
+
+def _to_pil(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+@lru_cache
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)
+
+
+def save_picture(path: str | os.PathLike[str], image: Tensor) -> Path:
+    """Writes a picture, uint8 or in [0, 1], shape (1 or 3, H, W); the suffix chooses the format. Returns the path."""
+    path = Path(path)
+    buffer = io.BytesIO()
+    Image.init()
+    if path.suffix.lower() not in Image.EXTENSION:
+        raise ValueError(f"{path}: no picture format has the suffix {path.suffix!r}")
+    _to_pil(to_uint8(image)).save(buffer, format=Image.EXTENSION[path.suffix.lower()])
+    _write_whole(path, buffer.getvalue())
+    return path
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the picture from others
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``; an unfinished last line, as a killed run leaves it, is left out.
+
+    Raises:
+        ValueError: another line is not a JSON object; the message has its number.
+    """
+    lines = Path(path).read_text().splitlines()
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected an object, got {line[:40]!r}")
+        rows.append(row)
+    return rows
+
+
+def training_curve(metrics_path: str | os.PathLike[str], picture_path: str | os.PathLike[str]) -> Path:
+    """Plots every ``psnr...`` and every ``loss...`` or ``objective`` of a ``metrics.jsonl`` over its ``step``.
+
+    A key may carry a prefix, as in ``val/psnr_masked``. The plot is a PNG, written whole; returns its path.
+
+    Raises:
+        ValueError: the file has no such figures.
+    """
+    rows = [row for row in read_metrics(metrics_path) if "step" in row]
+    quality = _series(rows, ("psnr",))
+    losses = _series(rows, ("loss", "objective"))
+    if not quality and not losses:
+        raise ValueError(f"{metrics_path}: no psnr and no loss to plot")
+    figure = Figure(figsize=(8, 6), dpi=110, layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    _plot(top, quality, "psnr in dB")
+    _plot(bottom, losses, "loss")
+    if any(value > 0 for points in losses.values() for _, value in points):
+        bottom.set_yscale("log")
+    bottom.set_xlabel("step")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    _write_whole(Path(picture_path), buffer.getvalue())
+    return Path(picture_path)
+
+
+def _series(rows: list[dict[str, Any]], stems: tuple[str, ...]) -> dict[str, list[tuple[float, float]]]:
+    """(step, value) of each key whose last part starts with one of ``stems``; nulls and what is not finite are left out."""
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for key, value in row.items():
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if key.rsplit("/", 1)[-1].startswith(stems) and is_number and math.isfinite(value):
+                series.setdefault(key, []).append((row["step"], value))
+    return series
+
+
+def _plot(axes: Any, series: dict[str, list[tuple[float, float]]], label: str) -> None:
+    for name, points in sorted(series.items()):
+        steps, values = zip(*points, strict=True)
+        axes.plot(steps, values, marker="." if len(points) < 40 else None, linewidth=1.2, label=name)
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    if series:
+        axes.legend(fontsize=8)

@@ -1,0 +1,43 @@
+"""What all tests share. Nothing of PyTorch3D is imported here: tests of floors 0 and 1 run without it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_IMPORTS_PYTORCH3D = re.compile(r"^\s*(import|from)\s+pytorch3d\b", re.MULTILINE)
+
+if "OMP_NUM_THREADS" not in os.environ:
+    # test tensors are small: more threads only wait for each other, and more still beside other processes
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:
+    """A test file that imports PyTorch3D itself gets the stand-ins first, whatever the order of its imports."""
+    if _IMPORTS_PYTORCH3D.search(module_path.read_text(encoding="utf-8")):
+        from co3d_ensemble.plugin import compat
+
+        compat.install()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU: torch.cuda.is_available() is False")
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Root of real sequences in CO3Dv2 layout, from ``CO3D_ENSEMBLE_TEST_DATA`` or beside the repository."""
+    root = Path(os.environ.get("CO3D_ENSEMBLE_TEST_DATA") or REPOSITORY.parent / "shared" / "data" / "co3d")
+    if not (root / "category_to_subset_name_list.json").is_file():
+        pytest.skip("no real sequences here: set CO3D_ENSEMBLE_TEST_DATA to a CO3Dv2 root")
+    return root

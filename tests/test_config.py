@@ -1,0 +1,96 @@
+"""The schema of the settings: documented, checked, and loud about what it does not know."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, ValidationError
+
+from co3d_ensemble.config import FREE_KEYS, ExperimentConfig, settings_with_help, validate
+
+SETTINGS = {key: (default, text) for key, default, text in settings_with_help()}
+
+
+def experiment(*overrides: str):
+    return OmegaConf.merge(OmegaConf.structured(ExperimentConfig), OmegaConf.from_dotlist(list(overrides)))
+
+
+def test_the_defaults_are_valid():
+    validate(ExperimentConfig())
+    validate(experiment())
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_every_setting_has_one_line_of_help(key):
+    text = SETTINGS[key][1]
+    assert text.strip() and "\n" not in text
+
+
+def test_the_listing_has_every_leaf_of_the_schema():
+    def leaves(node, prefix=""):
+        for key in node:
+            # dictionaries with free keys are one setting; dataclasses are opened
+            child = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+            if OmegaConf.is_dict(child) and OmegaConf.get_type(child) is not dict:
+                yield from leaves(child, f"{prefix}{key}.")
+            else:
+                yield prefix + key
+
+    assert set(leaves(OmegaConf.structured(ExperimentConfig))) == set(SETTINGS)
+
+
+def test_mutable_defaults_are_not_shared():
+    ExperimentConfig().training.loss_weights["loss_roi_rgb"] = 7.0
+    assert ExperimentConfig().training.loss_weights["loss_roi_rgb"] == 1.0
+
+
+@pytest.mark.parametrize("key", ["training.learning_rate", "model.nerf.n_hiden", "colour"])
+def test_an_unknown_key_is_named(key):
+    with pytest.raises(ConfigKeyError, match=key.split(".")[-1]):
+        experiment(f"{key}=1")
+
+
+def test_a_value_of_the_wrong_type_is_named():
+    with pytest.raises(ValidationError, match="training.n_rays"):
+        experiment("training.n_rays=many")
+
+
+def test_the_dataset_has_no_default():
+    with pytest.raises(MissingMandatoryValue, match="dataset_root"):
+        _ = experiment().dataset_root
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("model.kind=gaussians", "model.kind='gaussians'"),
+        ("model.nerf.density_activation=tanh", "model.nerf.density_activation='tanh'"),
+        ("model.nerf.precision=float16", "model.nerf.precision='float16'"),
+        ("model.camera_jitter.mode=on", "model.camera_jitter.mode"),
+        ("data.bounds.mode=sphere", "data.bounds.mode='sphere'"),
+        ("training.schedule=cosine", "training.schedule='cosine'"),
+        ("training.resume=maybe", "training.resume='maybe'"),
+        ("training.max_steps=0", "training.max_steps=0"),
+        ("training.n_rays=-1", "training.n_rays=-1"),
+        ("training.lr=0", "training.lr=0"),
+        ("rendering.chunk_rays=0", "rendering.chunk_rays=0"),
+        ("model.occupancy.resolution=0", "model.occupancy.resolution=0"),
+        ("data.bounds.near=30", "data.bounds near, far"),
+        ("data.bounds.overrides.cape=[5.0,2.0]", "data.bounds cape"),
+        ("data.longest_side=4", "data.longest_side=4"),
+        ("data.val_share=1.0", "data.val_share=1.0"),
+    ],
+)
+def test_a_bad_value_is_an_error_that_names_its_key(override, named):
+    with pytest.raises(ValueError) as caught:
+        validate(experiment(override))
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("key", FREE_KEYS)
+def test_free_keys_exist(key):
+    assert key in SETTINGS
+
+
+def test_nothing_that_changes_the_result_is_free():
+    assert not {"training.seed", "training.max_steps", "training.n_rays", "training.lr", "data.longest_side"} & set(FREE_KEYS)
