@@ -24,7 +24,7 @@ def setting(default: Any, help: str) -> Any:
     return field(default=default, metadata=metadata)
 
 
-@dataclass
+@dataclass(eq=False)  # its component is a module, and modules hash by identity
 class NeRFConfig:
     """The radiance MLP (Mildenhall et al., ECCV 2020); also the arguments of the component ``NeRFImplicitFunction``."""
 
@@ -42,7 +42,7 @@ class NeRFConfig:
     compile: bool = setting(False, "torch.compile the MLP")
 
 
-@dataclass
+@dataclass(eq=False)  # its component is a module, and modules hash by identity
 class RendererConfig:
     """Also the arguments of the component ``OccupancyAwareRenderer``."""
 

@@ -1,0 +1,72 @@
+"""The recipe's losses as Implicitron view metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pytorch3d.implicitron.models.metrics import ViewMetricsBase
+from pytorch3d.implicitron.models.renderer.base import ImplicitronRayBundle, RendererOutput
+from pytorch3d.implicitron.tools.config import registry
+from pytorch3d.renderer.utils import ndc_grid_sample
+from torch import Tensor
+
+from co3d_ensemble.functional.losses import alpha_bce_loss, roi_rgb_loss, sample_entropy_loss
+from co3d_ensemble.functional.types import RayTargets
+
+
+@registry.register
+class RecipeViewMetrics(ViewMetricsBase):
+    """Component: ``loss_roi_rgb``, ``loss_alpha_bce``, ``loss_sample_entropy`` of the last pass and, for earlier passes,
+    ``loss_prev_stage_roi_rgb`` and ``loss_prev_stage_alpha_bce`` (the entropy is of the fine pass only)."""
+
+    def forward(
+        self,
+        raymarched: RendererOutput,
+        ray_bundle: ImplicitronRayBundle,
+        image_rgb: Tensor | None = None,
+        depth_map: Tensor | None = None,
+        fg_probability: Tensor | None = None,
+        mask_crop: Tensor | None = None,
+        keys_prefix: str = "loss_",
+        targets: RayTargets | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """
+        Args:
+            raymarched: features (..., 3), masks (..., 1); ``aux["opacities"]`` in training.
+            ray_bundle: ``xys`` (..., 2) in NDC, read when ``targets`` is None.
+            image_rgb: (B, 3, H, W); fg_probability: (B, 1, H, W).
+            targets: the rays' ground truth, in place of sampling it from the images.
+
+        Returns:
+            Unweighted scalars; nothing where there is no ground truth to compare with.
+        """
+        if targets is None:
+            targets = _sampled_targets(ray_bundle, image_rgb, fg_probability)
+        if targets is None:
+            return {}
+        shape = raymarched.masks.shape[:-1]
+        rgb, mask = targets.rgb.reshape(*shape, 3), targets.mask.reshape(shape)
+        losses = {
+            f"{keys_prefix}roi_rgb": roi_rgb_loss(raymarched.features, rgb, mask),
+            f"{keys_prefix}alpha_bce": alpha_bce_loss(raymarched.masks[..., 0], mask),
+        }
+        if "opacities" in raymarched.aux and "prev_stage" not in keys_prefix:
+            losses[f"{keys_prefix}sample_entropy"] = sample_entropy_loss(raymarched.aux["opacities"])
+        if raymarched.prev_stage is not None:
+            losses |= self(
+                raymarched=raymarched.prev_stage, ray_bundle=ray_bundle, targets=targets, keys_prefix=f"{keys_prefix}prev_stage_"
+            )
+        return losses
+
+
+def _sampled_targets(bundle: ImplicitronRayBundle, image_rgb: Tensor | None, fg_probability: Tensor | None) -> RayTargets | None:
+    if image_rgb is None or fg_probability is None:
+        return None
+    if bundle.is_packed():  # n_rays_total_training: one ray per drawn camera, whose id says which image it belongs to
+        ids = bundle.camera_ids.repeat_interleave(bundle.camera_counts)
+        image_rgb, fg_probability = image_rgb[ids], fg_probability[ids]
+    xys = bundle.xys.reshape(len(image_rgb), -1, 1, 2)
+    rgb = ndc_grid_sample(image_rgb, xys, mode="bilinear")[..., 0].transpose(1, 2)
+    mask = ndc_grid_sample(fg_probability, xys, mode="nearest")[:, 0, :, 0]
+    return RayTargets(rgb=rgb, mask=(mask > 0.5).to(rgb.dtype))
