@@ -1,0 +1,77 @@
+"""The frames that a submission holds, and what their files are called."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from PIL import Image
+
+from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord
+
+TASKS, SEQUENCE_SETS = ("manyview", "fewview"), ("dev", "test")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A frame to submit, with its picture's size in pixels."""
+
+    category: str
+    subset_name: str
+    sequence_name: str
+    frame_number: int
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        for part in (self.category, self.subset_name, self.sequence_name):
+            if not part or part in (".", "..") or "/" in part or "\\" in part or "\0" in part:
+                raise ValueError(f"{part!r} cannot be part of a file's name ({self})")
+        if self.height < 1 or self.width < 1:
+            raise ValueError(f"a picture of {self.height} x {self.width} pixels ({self})")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    @property
+    def folder(self) -> str:
+        return f"{self.category}/{self.subset_name}"
+
+    def path(self, kind: str) -> str:
+        """Path in the archive of the ``image``, ``mask`` or ``depth``."""
+        return f"{self.folder}/{self.category}_{self.sequence_name}_{self.frame_number}_{kind}.png"
+
+
+def archive_name(task: str, sequence_set: str) -> str:
+    """``submission_manyview_dev.hdf5`` and its like."""
+    if task not in TASKS or sequence_set not in SEQUENCE_SETS:
+        raise ValueError(f"task={task!r}, sequence_set={sequence_set!r}: expected one of {TASKS} and one of {SEQUENCE_SETS}")
+    return f"submission_{task}_{sequence_set}.hdf5"
+
+
+def targets_with_records(index: CO3DIndex, *, task: str, sequence_set: str) -> dict[Target, FrameRecord]:
+    """The frames that a submission holds, in the index's order, each once, with where their ground truth lies.
+
+    Raises:
+        ValueError: the data set has no such subset, or a target without annotated size has no picture either.
+    """
+    archive_name(task, sequence_set)
+    subsets = index.all_subsets(sequence_set=[sequence_set], task=task)
+    if not subsets:
+        raise ValueError(f"{index.root} has no subset {task}_{sequence_set}")
+    records = {}
+    for category, name in subsets:
+        for record in index.subset(category, name).targets:
+            height, width = _picture_size(record)
+            records[Target(category, name, record.sequence_name, record.frame_number, height, width)] = record
+    return records
+
+
+def _picture_size(record: FrameRecord) -> tuple[int, int]:
+    if record.height and record.width:
+        return record.height, record.width
+    try:
+        with Image.open(record.image_path) as picture:
+            return picture.height, picture.width
+    except OSError as error:
+        raise ValueError(f"{record.image_path}: its annotation gives no size and it cannot be read: {error}") from error
