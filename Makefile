@@ -2,7 +2,8 @@
 #
 #   make env                          builds .venv: pinned packages (constraints.txt) and PyTorch3D
 #   make test PYTHON=/path/to/python  uses that Python's environment instead, for instance one with a CUDA torch and a
-#                                     compiled PyTorch3D: whatever it has is kept at its version, only missing packages are added
+#                                     compiled PyTorch3D: whatever it has is kept at its version, only missing packages are added;
+#                                     the same holds for a .venv that was there before
 #   make test PYTEST="-k fusion"      passes options on to pytest
 #   make demo DEMO="--help"           passes options on to the demo
 #
@@ -18,6 +19,13 @@ PYTHON3 ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 p
     $(shell $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
 PYTORCH3D := 0.7.4
 EXTRAS := dev,video
+
+MADE_HERE := $(VENV)/made_by_make
+ifneq ($(wildcard $(VENV)/bin/python),)
+ifeq ($(wildcard $(MADE_HERE)),)
+PYTHON ?= $(VENV)/bin/python
+endif
+endif
 
 ifdef PYTHON
 PY := $(PYTHON)
@@ -50,6 +58,8 @@ env: $(STAMP)
 demo: env
 	"$(PY)" launch/demo.py $(DEMO)
 
+# Test tensors are small, and tests start processes of their own: one thread each is the fastest on two cores.
+test: export OMP_NUM_THREADS ?= 1
 test: env
 	"$(PY)" -m pytest $(PYTEST)
 
@@ -67,7 +77,7 @@ ifdef PYTHON
 # Every version found becomes a constraint, so pip can add packages but replace none.
 $(STAMP): Makefile setup.cfg pyproject.toml
 	@"$(PY)" -c 'import sys; sys.version_info >= (3, 11) or sys.exit("PYTHON=$(PYTHON) is older than 3.11")'
-	@"$(PY)" -c 'import torch' || { echo "PYTHON=$(PYTHON) has no torch: install one there, or leave PYTHON out to build $(VENV)"; exit 1; }
+	@"$(PY)" -c 'import torch' || { echo "PYTHON=$(PYTHON) has no torch: install one there, or let make build a new .venv (no PYTHON, no .venv)"; exit 1; }
 	@echo "adding missing packages to the environment of $(PYTHON)"
 	@"$(PY)" -m pip list --format=freeze | grep -v -i '^co3d.ensemble' > "$(PURELIB)/co3d_ensemble.found"
 	$(PIP_INSTALL) -c "$(PURELIB)/co3d_ensemble.found" -qq setuptools wheel
@@ -80,6 +90,7 @@ $(STAMP): Makefile setup.cfg pyproject.toml constraints.txt
 	@[ -n "$(PYTHON3)" ] || { echo "co3d_ensemble needs Python 3.11 or newer; found $$(python3 --version 2>&1 || echo none)." \
 	    "Name one: make env PYTHON3=/path/to/python3.11"; exit 1; }
 	@echo "building $(VENV) with $$($(PYTHON3) --version): a few minutes the first time"
+	@mkdir -p "$(VENV)" && touch "$(MADE_HERE)"
 	@"$(PY)" -m pip --version > /dev/null 2>&1 || "$(PYTHON3)" -m venv "$(VENV)" || \
 	    { echo "python3 -m venv failed: on Debian and Ubuntu it needs the package python3-venv"; exit 1; }
 	@$(forget_half_installed)
