@@ -1,0 +1,331 @@
+"""The top: what the scripts call. Configuration to scene to task to run, and runs to a scored submission."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from co3d_ensemble.challenge.archive import check_archive, write_archive
+from co3d_ensemble.challenge.lpips import load_lpips, lpips_masked
+from co3d_ensemble.challenge.scoring import score_archive
+from co3d_ensemble.challenge.targets import Target, archive_name, targets_with_records
+from co3d_ensemble.config import ExperimentConfig, ModelConfig, validate
+from co3d_ensemble.data.audit import audit_subset, hold_out, usable_frames
+from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
+from co3d_ensemble.data.ray_bank import RayBank
+from co3d_ensemble.functional.types import Frame, RenderedView
+from co3d_ensemble.functional.visual_hull import candidate_box, grid_resolution, visual_hull
+from co3d_ensemble.plugin.frames import load_frames
+from co3d_ensemble.plugin.implicitron_model import ImplicitronModel
+from co3d_ensemble.plugin.model import ObjectModel, build_nerf
+from co3d_ensemble.rendering import read_view, resolve_device, write_view
+from co3d_ensemble.report.pictures import comparison_sheet, save_picture, training_curve
+from co3d_ensemble.training.atomic import write_json_atomic
+from co3d_ensemble.training.budget import fit_budget
+from co3d_ensemble.training.checkpoint import Checkpoints
+from co3d_ensemble.training.implicitron_task import ImplicitronTask
+from co3d_ensemble.training.loop import TrainingResult, train
+from co3d_ensemble.training.ray_bank_task import RayBankTask, evenly_spread
+from co3d_ensemble.training.run_directory import RunDirectory
+from co3d_ensemble.training.stepper import INITIALISATION, seed_default_generators
+from co3d_ensemble.training.task import Task
+from co3d_ensemble.training.validation import FrameValidation, mean_scores, score_frame
+
+logger = logging.getLogger(__name__)
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+METRICS = ("psnr_masked", "psnr_fg", "psnr_full_image", "depth_abs_fg", "iou", "ssim", "lpips")
+NO_DEPTH = "no ground-truth depth"
+
+
+def compose_experiment(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> DictConfig:
+    """An experiment from ``configs/`` and Hydra overrides (``experiment=nerf_laptop category=cape training.lr=1e-3``).
+
+    Raises:
+        hydra.errors.HydraException, ValueError: an unknown key or experiment, a wrong type or value; the message names it.
+    """
+    ConfigStore.instance().store(name="experiment_schema", node=ExperimentConfig)
+    with initialize_config_dir(str(config_dir), version_base="1.3"):
+        config = compose("train_sequence", list(overrides))
+    validate(config)
+    return config
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One sequence, loaded and bounded.
+
+    Attributes:
+        subset: usable frames by role.
+        train, val: decoded frames at the run's resolution.
+        box: of the object, (2, 3), world units.
+        hull: boolean grid over ``box``, all true where the bounds are fixed distances.
+        near_far: fixed distances, or None to clip rays to the box.
+    """
+
+    subset: Subset
+    train: list[Frame]
+    val: list[Frame]
+    box: Tensor
+    hull: Tensor
+    near_far: tuple[float, float] | None
+
+
+def usable_subset(config: Any) -> Subset:
+    """The experiment's subset after its audit: broken known frames dropped with a warning each, val held out if needed.
+
+    Raises:
+        ValueError: a wrong root, category or subset, several sequences in it, or too few usable known frames.
+    """
+    index = CO3DIndex(config.dataset_root)
+    subset = index.subset(config.category, config.subset_name)
+    subset.sequence_name  # raises where the subset is no single sequence
+    subset = usable_frames(subset, audit_subset(index, subset, decode=True), min_known_frames=config.data.min_known_frames)
+    return hold_out(subset, config.data.val_share)
+
+
+def load_scene(config: Any) -> Scene:
+    """Decodes the known and validation frames and bounds the object, per ``config.data``."""
+    subset = usable_subset(config)
+
+    def load(records: Sequence[FrameRecord]) -> list[Frame]:
+        keys = [record.key for record in records]
+        return load_frames(config.dataset_root, config.category, config.subset_name, keys, longest_side=config.data.longest_side)
+
+    frames = load(subset.known)
+    val = load(evenly_spread(list(subset.val), config.data.max_val_frames))
+    bounds, longest = config.data.bounds, config.model.occupancy.resolution
+    if bounds.mode == "visual_hull":
+        box, hull = visual_hull(frames, longest=longest, tolerance=bounds.hull_tolerance, margin=bounds.hull_margin)
+        logger.info("visual hull: box %s, %.1f %% occupied", [[round(v, 3) for v in corner] for corner in box.tolist()], 100 * hull.float().mean())
+        return Scene(subset, frames, val, box, hull, None)
+    near, far = bounds.overrides.get(f"{config.category}/{config.subset_name}", (bounds.near, bounds.far))
+    # no carving: the grid starts full, over a cube that every ray's [near, far] lies in as far as it can show the object
+    center = candidate_box(frames).mean(dim=0)
+    half = (far - near) / 2
+    box = torch.stack((center - half, center + half))
+    return Scene(subset, frames, val, box, torch.ones(grid_resolution(box, longest), dtype=torch.bool), (near, far))
+
+
+def build_model(config: Any, scene: Scene) -> ObjectModel | ImplicitronModel:
+    """The experiment's untrained model for a scene; weights come from torch's default generator."""
+    if config.model.kind == "implicitron":
+        height, width = scene.train[0].camera.height, scene.train[0].camera.width
+        center, radius = scene.box.mean(dim=0), (scene.box[1] - scene.box[0]).norm() / 2
+        spec = config.model.implicitron
+        return ImplicitronModel(
+            spec.model_class_type,
+            OmegaConf.to_container(spec.args),
+            render_size=(height, width),
+            scene_sphere=(tuple(center.tolist()), float(radius)) if scene.near_far is None else None,
+        )
+    return build_nerf(config.model, box=scene.box, hull=scene.hull, near_far=scene.near_far)
+
+
+def make_task(config: Any, training: Any, scene: Scene, device: torch.device) -> Task:
+    """The task that the loop trains; ``training`` replaces ``config.training`` (a budget may have set its steps)."""
+    model = build_model(config, scene)
+    if config.model.kind == "implicitron":
+        return ImplicitronTask(
+            model,
+            train_frames=scene.train,
+            val_frames=scene.val,
+            training=training,
+            frames_per_step=config.model.implicitron.frames_per_step,
+            chunk_rays=config.rendering.chunk_rays,
+            device=device,
+        )
+    return RayBankTask(
+        model.to(device),
+        RayBank(scene.train, device),
+        FrameValidation(scene.val),
+        training=training,
+        occupancy=config.model.occupancy,
+        jitter=config.model.camera_jitter,
+        chunk_rays=config.rendering.chunk_rays,
+    )
+
+
+def run_directory(output_dir: Path | str, category: str, subset_name: str, member: str) -> Path:
+    return Path(output_dir) / category / subset_name / member
+
+
+def train_sequence(config: DictConfig) -> TrainingResult:
+    """Walk 1: trains one member on one sequence, then renders and scores its targets.
+
+    Goes on where an earlier run of the same configuration stopped. Leaves the run directory of ARCHITECTURE's walk:
+    configuration, environment, metrics, events, checkpoints, ``results.json`` and ``targets.png``.
+
+    Raises:
+        ValueError and its subclasses: bad input, naming the file or key; RunDirectoryBusy; NonFiniteLoss.
+    """
+    device = resolve_device(config.device)
+    path = run_directory(config.output_dir, config.category, config.subset_name, config.member)
+    CO3DIndex(config.dataset_root).subset(config.category, config.subset_name)  # a wrong name leaves no folder behind
+    with RunDirectory.open(path, config, resume=config.training.resume, device=device) as run:
+        scene = load_scene(config)
+        training = fit_budget(lambda settings: make_task(config, settings, scene, device), run, device)
+        seed_default_generators(training.seed, INITIALISATION)
+        result = train(make_task(config, training, scene, device), training, run, device)
+        if result.exit_status == 0:
+            evaluate_run(run, scene.subset, device, result)
+    return result
+
+
+def load_trained(run: RunDirectory, device: torch.device) -> tuple[ObjectModel | ImplicitronModel, DictConfig]:
+    """The best checkpoint's model (EMA weights in place) without reading the data set again."""
+    config = run.config
+    saved = Checkpoints(run.checkpoints).load_best("cpu")
+    model = _model_for(config, saved["model"])
+    model.load_state_dict(saved["model"])
+    return model.to(device).eval(), config
+
+
+def _model_for(config: Any, state: dict[str, Tensor]) -> ObjectModel | ImplicitronModel:
+    if config.model.kind == "implicitron":
+        spec = config.model.implicitron
+        return ImplicitronModel(spec.model_class_type, OmegaConf.to_container(spec.args), render_size=(64, 64), scene_sphere=None)
+    model = OmegaConf.merge(OmegaConf.structured(ModelConfig), config.model)
+    near_far = state["near_far"].tolist()
+    fixed = None if any(value != value for value in near_far) else (near_far[0], near_far[1])
+    return build_nerf(model, box=state["box"], hull=state.get("renderer.occupancy.hull"), near_far=fixed)
+
+
+def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result: TrainingResult) -> dict[str, Any]:
+    """Scores the best checkpoint on the targets with ground truth, at the run's resolution: ``results.json``, ``targets.png``.
+
+    What cannot be computed is null with its reason under ``reasons``.
+    """
+    model, config = load_trained(run, device)
+    scorable = [record for record in subset.targets if subset.scorable is None or record.key in subset.scorable]
+    network, why_no_lpips = load_lpips(device=device)
+    per_frame: dict[str, dict[str, float | None]] = {}
+    rows = []
+    for record in scorable:
+        (frame,) = load_frames(
+            config.dataset_root, config.category, config.subset_name, [record.key], longest_side=config.data.longest_side
+        )
+        view = model.render_view(frame.camera.to(device), config.rendering.chunk_rays).cpu()
+        scores = score_frame(view, frame)
+        rgb, mask = frame.rgb.float() / 255, frame.mask.float() / 255
+        scores["lpips"] = None if network is None else lpips_masked(network, view.rgb.to(device), rgb.to(device), mask.to(device))
+        per_frame[frame.name] = scores
+        rows.append((frame.name, rgb, view, mask))
+    means = mean_scores(per_frame.values())
+    reasons = {name: NO_DEPTH if name == "depth_abs_fg" else why_no_lpips for name in ("depth_abs_fg", "lpips") if name not in means}
+    if not scorable:
+        reasons = {name: "no target has ground truth" for name in METRICS}
+    results = {
+        "metrics": {name: means.get(name) for name in METRICS},
+        "reasons": reasons,
+        "frames": per_frame,
+        "seconds": result.seconds,
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "stopped": result.stopped,
+    }
+    if rows:
+        save_picture(run.path / "targets.png", comparison_sheet(evenly_spread(rows, 8)))
+    training_curve(run.metrics_path, run.path / "training_curve.png")
+    write_json_atomic(run.results_path, results)
+    logger.info("%s: %s", run.path, ", ".join(f"{name} {value:.3f}" for name, value in results["metrics"].items() if value is not None))
+    return results
+
+
+def render_targets(run: RunDirectory, records: Sequence[FrameRecord], device: torch.device) -> Iterator[tuple[FrameRecord, RenderedView]]:
+    """The run's best checkpoint at target cameras, at the original frame sizes; rendered once, then read from ``renders/``.
+
+    Renders of an older checkpoint are discarded.
+    """
+    stamp_path = run.renders / "checkpoint.json"
+    best = Checkpoints(run.checkpoints).best
+    stat = best.stat()
+    stamp = {"checkpoint": best.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+    if not stamp_path.exists() or json.loads(stamp_path.read_text()) != stamp:
+        for old in run.renders.glob("*.npz"):
+            old.unlink()
+        run.renders.mkdir(exist_ok=True)
+        write_json_atomic(stamp_path, stamp)
+    model = None
+    for record in records:
+        path = run.renders / f"{record.sequence_name}_{record.frame_number}.npz"
+        if not path.exists():
+            if model is None:
+                model, config = load_trained(run, device)
+            view = model.render_view(record.camera().to(device), config.rendering.chunk_rays).cpu()
+            write_view(path, view)
+        yield record, read_view(path)
+
+
+def export_submission(
+    dataset_root: Path | str,
+    output_dir: Path | str,
+    *,
+    sequence_set: str,
+    models: Sequence[str],
+    allow_missing: bool = False,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Walk 2: renders what is missing, writes and checks the archive, scores its bytes where there is ground truth.
+
+    Args:
+        models: member names; one for now.
+        allow_missing: leave out subsets that have no trained run instead of refusing.
+
+    Returns:
+        ``{"archive": path, "missing": [...], "results": {...} or None}``; the results also go to ``results.json`` beside it.
+
+    Raises:
+        ValueError: a subset lacks its run (all are listed), or the archive is not as it should be.
+    """
+    if len(models) != 1:
+        raise ValueError(f"models={list(models)}: exporting needs exactly one member")
+    index = CO3DIndex(dataset_root)
+    records = targets_with_records(index, task="manyview", sequence_set=sequence_set)
+    runs: dict[str, RunDirectory] = {}
+    missing = []
+    for folder in dict.fromkeys(target.folder for target in records):
+        run = RunDirectory(run_directory(output_dir, *folder.split("/"), models[0]))
+        if Checkpoints(run.checkpoints).best.exists():
+            runs[folder] = run
+        else:
+            missing.append(folder)
+    if missing and not allow_missing:
+        lost = [target.path("*") for target in records if target.folder in missing]
+        raise ValueError(
+            f"{len(missing)} subsets have no trained {models[0]} under {output_dir}: {', '.join(missing)}; "
+            f"{len(lost)} targets would be missing (allow_missing=true leaves them out):\n  " + "\n  ".join(lost)
+        )
+    if not runs:
+        raise ValueError(f"no subset of {sequence_set} has a trained {models[0]} under {output_dir}")
+    folder = Path(output_dir) / "submission"
+    folder.mkdir(parents=True, exist_ok=True)
+    archive = folder / archive_name("manyview", sequence_set)
+    present = {target: record for target, record in records.items() if target.folder in runs}
+    write_archive(archive, _rendered(runs, present, resolve_device(device)))
+    check_archive(archive, records, allow_missing=allow_missing)
+    results = None
+    if sequence_set == "dev":
+        results = score_archive(archive, present)
+        write_json_atomic(folder / "results.json", results)
+    return {"archive": archive, "missing": missing, "results": results}
+
+
+def _rendered(
+    runs: dict[str, RunDirectory], records: dict[Target, FrameRecord], device: torch.device
+) -> Iterator[tuple[Target, RenderedView]]:
+    for folder, run in runs.items():
+        targets = {record.key: target for target, record in records.items() if target.folder == folder}
+        wanted = [record for target, record in records.items() if target.folder == folder]
+        for record, view in render_targets(run, wanted, device):
+            yield targets[record.key], view

@@ -1,0 +1,75 @@
+"""Training a field on the rays of a bank: the recipe's task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from co3d_ensemble.config import CameraJitterConfig, OccupancyConfig, TrainingConfig
+from co3d_ensemble.data.ray_bank import RayBank, RayBatch
+from co3d_ensemble.functional.schedules import due
+from co3d_ensemble.plugin.model import ObjectModel
+from co3d_ensemble.training.validation import FrameValidation
+
+
+class RayBankTask:
+    """A :class:`~co3d_ensemble.training.task.Task`: rays of all frames against an :class:`ObjectModel`.
+
+    Attributes:
+        model: on the bank's device.
+        rays_per_step: for rays per second.
+    """
+
+    def __init__(
+        self,
+        model: ObjectModel,
+        bank: RayBank,
+        validation: FrameValidation,
+        *,
+        training: TrainingConfig,
+        occupancy: OccupancyConfig,
+        jitter: CameraJitterConfig,
+        chunk_rays: int,
+    ) -> None:
+        self.model, self._bank, self._validation = model, bank, validation
+        self._training, self._occupancy, self._chunk_rays = training, occupancy, chunk_rays
+        self._jitter: dict[str, Any] = {}
+        if jitter.mode == "extrinsics":
+            self._jitter = {
+                "angle_std": jitter.extrinsics_angle_std,
+                "shift_std": jitter.extrinsics_shift_std,
+                "pivot": model.box.mean(dim=0),
+            }
+        self.rays_per_step = training.n_rays
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.model.parameters()), "name": "field", "lr": self._training.lr}]
+
+    def batch(self, step: int) -> RayBatch:
+        return self._bank.sample(self._training.n_rays, **self._jitter)
+
+    def losses(self, batch: RayBatch) -> dict[str, Tensor]:
+        return self.model.losses(batch.origins, batch.directions, batch.targets)
+
+    def validate(self) -> dict[str, float]:
+        return self._validation.run(lambda camera: self.model.render_view(camera, self._chunk_rays))
+
+    def pictures(self) -> Iterable[tuple[str, Tensor]]:
+        return self._validation.pictures()
+
+    def structure(self, step: int) -> bool:
+        """Refines the occupancy grid from the density when it is due; replaces no parameter."""
+        max_steps = self._training.max_steps
+        if self.model.occupancy is not None and step >= self._occupancy.refine_from * max_steps and due(step, self._occupancy.refine_every, max_steps):
+            self.model.occupancy.refine(self.model.density)
+        return False
+
+
+def evenly_spread(items: list[Any], at_most: int) -> list[Any]:
+    """At most ``at_most`` of the items, evenly spread, in order."""
+    if len(items) <= at_most:
+        return items
+    return [items[i] for i in torch.linspace(0, len(items) - 1, at_most).round().long().tolist()]

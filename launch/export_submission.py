@@ -1,0 +1,58 @@
+"""Packs the target frames of trained runs into a CO3D challenge submission, checks and (for dev) scores it.
+
+    python launch/export_submission.py dataset_root=ROOT output_dir=OUT sequence_set=dev models=[nerf]
+
+Writes OUT/submission/submission_manyview_<set>.hdf5 and results.json. Other settings: allow_missing=true leaves out
+subsets without a trained run; device=auto|cpu|cuda. Exit codes: 0 done, 1 an error that the message explains, 2 wrong
+arguments.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from co3d_ensemble.challenge.scoring import format_table
+from co3d_ensemble.pipeline import export_submission
+from co3d_ensemble.scripts import configure_logging, first_line, reported
+
+
+@dataclass
+class ExportConfig:
+    dataset_root: str = MISSING
+    output_dir: str = "outputs"
+    sequence_set: str = "dev"
+    models: list[str] = field(default_factory=lambda: ["nerf"])
+    allow_missing: bool = False
+    device: str = "auto"
+
+
+def export(config: ExportConfig) -> int:
+    done = export_submission(**OmegaConf.to_container(config))
+    if done["results"] is not None:
+        print(format_table(done["results"]))
+    if done["missing"]:
+        print(f"left out, no trained run: {', '.join(done['missing'])}")
+    print(f"{done['archive']}: checked, {done['archive'].stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    configure_logging()
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(ExportConfig), OmegaConf.from_cli(arguments))
+        OmegaConf.to_container(config, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        print(f"error: {first_line(error)}\n{__doc__}", file=sys.stderr)
+        return 2
+    return reported(lambda: export(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
