@@ -17,7 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch3d.implicitron.models.base_model import ImplicitronModelBase
-from pytorch3d.implicitron.models.generic_model import GenericModel  
+from pytorch3d.implicitron.models.generic_model import GenericModel
 from pytorch3d.implicitron.models.overfit_model import OverfitModel
 from pytorch3d.implicitron.models.renderer.base import EvaluationMode
 from pytorch3d.implicitron.models.renderer.lstm_renderer import LSTMRenderer
@@ -151,6 +151,7 @@ class ImplicitronModel(nn.Module):
             return
         model.render_image_height, model.render_image_width = height, width
         model.create_raysampler()  # holds no weights and no entry of the state dict
+        model.raysampler.to(next(model.parameters()).device)
 
 
 def _merged_args(model_class_type: str, args: Mapping[str, Any]) -> DictConfig:
