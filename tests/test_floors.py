@@ -23,6 +23,7 @@ FLOORS = {
     "mine": 5,
     "fleet": 5,
     "pipeline": 6,
+    "scripts": 6,  # what launch scripts share
 }
 LEAF = "config"  # imports nothing of the package, so all but functional may import it
 MAX_LAUNCH_LINES = 120
