@@ -35,6 +35,7 @@ from co3d_ensemble.training.budget import fit_budget
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.implicitron_task import ImplicitronTask
 from co3d_ensemble.training.loop import TrainingResult, train
+from co3d_ensemble.training.records import read_metrics
 from co3d_ensemble.training.ray_bank_task import RayBankTask, evenly_spread
 from co3d_ensemble.training.run_directory import RunDirectory
 from co3d_ensemble.training.stepper import INITIALISATION, seed_default_generators
@@ -236,10 +237,24 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
     }
     if rows:
         save_picture(run.path / "targets.png", comparison_sheet(evenly_spread(rows, 8)))
-    training_curve(run.metrics_path, run.path / "training_curve.png")
+    _plot_run(run)
     write_json_atomic(run.results_path, results)
     logger.info("%s: %s", run.path, ", ".join(f"{name} {value:.3f}" for name, value in results["metrics"].items() if value is not None))
     return results
+
+
+def _plot_run(run: RunDirectory) -> None:
+    """``training_curve.png``: validation PSNRs and training losses over the steps."""
+
+    def curves(kind: str, group: str, wanted: str) -> dict[str, list[tuple[float, float | None]]]:
+        found: dict[str, list[tuple[float, float | None]]] = {}
+        for record in read_metrics(run.metrics_path, kind):
+            for name, value in record[group].items():
+                if name.startswith(wanted):
+                    found.setdefault(name, []).append((record["step"], value))
+        return found
+
+    training_curve(curves("validation", "metrics", "psnr"), curves("train", "losses", "loss"), run.path / "training_curve.png")
 
 
 def render_targets(run: RunDirectory, records: Sequence[FrameRecord], device: torch.device) -> Iterator[tuple[FrameRecord, RenderedView]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from co3d_ensemble.files import written_atomically
 from co3d_ensemble.functional.types import PinholeCamera, RenderedView
 
 
@@ -41,19 +40,8 @@ def render_views(model: Renderable, cameras: Sequence[PinholeCamera], *, chunk_r
 
 def write_view(path: Path, view: RenderedView) -> None:
     """One view as compressed NumPy arrays: float16 colour and mask (steps of 1/2048 at 1), float32 depth. Atomic."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez_compressed(
-                file, rgb=view.rgb.half().numpy(), depth=view.depth.float().numpy(), mask=view.mask.half().numpy()
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with written_atomically(path) as file:
+        np.savez_compressed(file, rgb=view.rgb.half().numpy(), depth=view.depth.float().numpy(), mask=view.mask.half().numpy())
 
 
 def read_view(path: Path) -> RenderedView:

@@ -6,11 +6,8 @@ Pictures are uint8 tensors (3, H, W); files appear whole, by write-to-temporary,
 from __future__ import annotations
 
 import io
-import json
-import math
 import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from co3d_ensemble.files import write_bytes_atomic
 from co3d_ensemble.functional.metrics import psnr_masked
 from co3d_ensemble.functional.types import RenderedView
 
@@ -185,59 +183,22 @@ def save_picture(path: str | os.PathLike[str], image: Tensor) -> Path:
     if path.suffix.lower() not in Image.EXTENSION:
         raise ValueError(f"{path}: no picture format has the suffix {path.suffix!r}")
     _to_pil(to_uint8(image)).save(buffer, format=Image.EXTENSION[path.suffix.lower()])
-    _write_whole(path, buffer.getvalue())
+    write_bytes_atomic(path, buffer.getvalue())
     return path
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the picture from others
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+Curve = Sequence[tuple[float, float | None]]  # (step, value); None is left out
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Rows of a ``metrics.jsonl``; an unfinished last line, as a killed run leaves it, is left out.
+def training_curve(quality: Mapping[str, Curve], losses: Mapping[str, Curve], path: str | os.PathLike[str]) -> Path:
+    """Plots a run: quality in dB above, losses (logarithmic where positive) below, over the step. PNG, written whole.
 
     Raises:
-        ValueError: another line is not a JSON object; the message has its number.
+        ValueError: there is no value to plot.
     """
-    lines = Path(path).read_text().splitlines()
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: expected an object, got {line[:40]!r}")
-        rows.append(row)
-    return rows
-
-
-def training_curve(metrics_path: str | os.PathLike[str], picture_path: str | os.PathLike[str]) -> Path:
-    """Plots every ``psnr...`` and every ``loss...`` or ``objective`` of a ``metrics.jsonl`` over its ``step``.
-
-    A key may carry a prefix, as in ``val/psnr_masked``. The plot is a PNG, written whole; returns its path.
-
-    Raises:
-        ValueError: the file has no such figures.
-    """
-    rows = [row for row in read_metrics(metrics_path) if "step" in row]
-    quality = _series(rows, ("psnr",))
-    losses = _series(rows, ("loss", "objective"))
+    quality, losses = _with_values(quality), _with_values(losses)
     if not quality and not losses:
-        raise ValueError(f"{metrics_path}: no psnr and no loss to plot")
+        raise ValueError(f"{path}: nothing to plot")
     figure = Figure(figsize=(8, 6), dpi=110, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     _plot(top, quality, "psnr in dB")
@@ -247,19 +208,13 @@ def training_curve(metrics_path: str | os.PathLike[str], picture_path: str | os.
     bottom.set_xlabel("step")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    _write_whole(Path(picture_path), buffer.getvalue())
-    return Path(picture_path)
+    write_bytes_atomic(Path(path), buffer.getvalue())
+    return Path(path)
 
 
-def _series(rows: list[dict[str, Any]], stems: tuple[str, ...]) -> dict[str, list[tuple[float, float]]]:
-    """(step, value) of each key whose last part starts with one of ``stems``; nulls and what is not finite are left out."""
-    series: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        for key, value in row.items():
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if key.rsplit("/", 1)[-1].startswith(stems) and is_number and math.isfinite(value):
-                series.setdefault(key, []).append((row["step"], value))
-    return series
+def _with_values(curves: Mapping[str, Curve]) -> dict[str, list[tuple[float, float]]]:
+    kept = {name: [(step, value) for step, value in points if value is not None] for name, points in curves.items()}
+    return {name: points for name, points in kept.items() if points}
 
 
 def _plot(axes: Any, series: dict[str, list[tuple[float, float]]], label: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import stat
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 
 from co3d_ensemble.functional.types import RenderedView
 from co3d_ensemble.report import pictures
-from co3d_ensemble.report.pictures import COLUMNS, comparison_sheet, depth_to_rgb, error_to_rgb, read_metrics, save_picture, training_curve
+from co3d_ensemble.report.pictures import COLUMNS, comparison_sheet, depth_to_rgb, error_to_rgb, save_picture, training_curve
 
 RED, BLUE = 0, 2
 
@@ -162,36 +161,14 @@ def test_an_unknown_picture_format_is_refused(tmp_path):
         save_picture(tmp_path / "a.txt", torch.zeros(3, 4, 4))
 
 
-def write_metrics(path, rows, end=""):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + end)
-    return path
-
-
-def test_an_unfinished_last_line_is_left_out_and_a_broken_one_is_named(tmp_path):
-    rows = [{"step": 0, "loss_roi_rgb": 0.5}, {"step": 1, "loss_roi_rgb": 0.4}]
-    assert read_metrics(write_metrics(tmp_path / "killed.jsonl", rows, end='{"step": 2, "lo')) == rows
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2"):
-        read_metrics(broken)
-
-
-def test_the_curve_has_psnr_and_losses_by_name_and_leaves_out_the_rest():
-    rows = [
-        {"step": 0, "loss_roi_rgb": 0.5, "objective": 0.7, "lr": 0.1, "rays_per_second": 9.0},
-        {"step": 10, "loss_roi_rgb": float("nan"), "val/psnr_masked": 20.0, "psnr_fg": None},
-    ]
-    assert pictures._series(rows, ("psnr",)) == {"val/psnr_masked": [(10, 20.0)]}
-    assert pictures._series(rows, ("loss", "objective")) == {"loss_roi_rgb": [(0, 0.5)], "objective": [(0, 0.7)]}
-
-
-def test_the_curve_is_a_png(tmp_path):
-    rows = [{"step": step, "loss_roi_rgb": 1 / (step + 1), "psnr_masked": 10.0 + step} for step in range(5)]
-    path = training_curve(write_metrics(tmp_path / "metrics.jsonl", rows), tmp_path / "curve.png")
+def test_the_curve_is_a_png_and_leaves_out_what_has_no_value(tmp_path):
+    quality = {"psnr_masked": [(step, 10.0 + step) for step in range(5)], "psnr_fg": [(0, None)]}
+    path = training_curve(quality, {"loss_roi_rgb": [(step, 1 / (step + 1)) for step in range(5)]}, tmp_path / "curve.png")
     with Image.open(path) as picture:
         assert picture.format == "PNG" and np.array(picture.convert("RGB")).std() > 1
+    assert pictures._with_values(quality) == {"psnr_masked": quality["psnr_masked"]}
 
 
-def test_a_file_without_figures_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no psnr and no loss"):
-        training_curve(write_metrics(tmp_path / "metrics.jsonl", [{"step": 0, "lr": 1.0}]), tmp_path / "curve.png")
+def test_nothing_to_plot_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="nothing to plot"):
+        training_curve({"psnr_masked": [(1, None)]}, {}, tmp_path / "curve.png")
