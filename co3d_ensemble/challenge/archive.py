@@ -57,7 +57,7 @@ def write_archive(path: Path | str, frames: Iterable[tuple[Target, RenderedView]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        # the bound "latest" stores thousands of attributes, which the old format cannot hold
+        # the bound "latest", as in the challenge's own writer, keeps thousands of attributes in a tree of their own
         with h5py.File(temporary, "w", libver="latest") as file:
             _write_frames(file, frames, max_bytes)
         size = temporary.stat().st_size

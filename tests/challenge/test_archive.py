@@ -73,8 +73,12 @@ def test_the_layout_is_the_challenges(archive):
 def test_thousands_of_file_names_fit(tmp_path):
     targets = [Target("cape", "manyview_dev_0", "sequence_with_a_long_name_" * 3, i, 1, 1) for i in range(400)]
     view = RenderedView(torch.zeros(3, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
-    write_archive(tmp_path / "a.hdf5", ((target, view) for target in targets))  # 100 kB of attributes; the old format holds 64
+    write_archive(tmp_path / "a.hdf5", ((target, view) for target in targets))
     assert check_archive(tmp_path / "a.hdf5", targets) == []
+
+
+def test_the_file_is_of_the_latest_hdf5_format(archive):
+    assert archive.read_bytes()[8] == 3  # version of the superblock; 0 without the bound "latest"
 
 
 def test_frames_are_consumed_one_at_a_time(tmp_path, monkeypatch):
@@ -130,6 +134,13 @@ def test_an_archive_over_the_limit_is_refused_before_it_replaces_anything(archiv
     assert write_archive(archive, ((target, view_of(target)) for target in TARGETS), max_bytes=len(before)) == len(before)
     with pytest.raises(ArchiveError, match="more than"):
         check_archive(archive, TARGETS, max_bytes=len(before) - 1)
+
+
+def test_writing_stops_at_the_frame_that_exceeds_the_limit(tmp_path):
+    frames = ((target, view_of(target)) for target in TARGETS)
+    with pytest.raises(ValueError, match=r"exceeds 10 bytes at frame 1, cape/.*_7_"):
+        write_archive(tmp_path / "a.hdf5", frames, max_bytes=10)
+    assert next(frames)[0] == TARGETS[1]
 
 
 def test_missing_frames_are_listed_before_the_first_frame_is_read(tmp_path):
@@ -247,6 +258,20 @@ def test_a_link_to_another_file_is_refused(archive, tmp_path):
         for name in ("binary_data", "filepaths"):
             file[name] = h5py.ExternalLink(str(archive), name)
     with pytest.raises(ArchiveError, match="'binary_data' is missing or not stored in this file"):
+        check_archive(path, TARGETS)
+
+
+def test_paths_stored_in_another_file_are_refused(tmp_path):
+    entries = entries_of(TARGETS)
+    length = max(len(name) for name, _ in entries)
+    (tmp_path / "elsewhere.bin").write_bytes(b"".join(name.encode().ljust(length, b"\0") for name, _ in entries))
+    path = write_raw(tmp_path / "a.hdf5", entries)
+    with h5py.File(path, "a") as file:
+        del file["filepaths"]
+        external = [(str(tmp_path / "elsewhere.bin"), 0, h5py.h5f.UNLIMITED)]
+        file.create_dataset("filepaths", (len(entries),), dtype=h5py.string_dtype("utf-8", length), external=external)
+        assert file["filepaths"][0].decode() == entries[0][0]
+    with pytest.raises(ArchiveError, match="'filepaths' is missing or not stored in this file"):
         check_archive(path, TARGETS)
 
 
