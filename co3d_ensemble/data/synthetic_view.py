@@ -74,7 +74,7 @@ def _shade(scene: Scene, tracer: Tracer, looks: _Looks, origins: Tensor, directi
     color = horizon + (zenith - horizon) * up + 0.04 * torch.sin(3 * view[:, :1]) * torch.cos(2 * view[:, 2:])
     first, row = tracer.first_hit(origins, directions)
     hit = first.isfinite().nonzero()[:, 0]
-    points = origins + first[hit, None] * directions[hit]
+    points = (origins if len(origins) == 1 else origins[hit]) + first[hit, None] * directions[hit]
     normal, solid = tracer.normals(points, row[hit]), tracer.owner[row[hit]]
     light = torch.nn.functional.normalize(view.new_tensor(LIGHT), dim=0)
     lambert = (normal @ light).clamp_min(0)
@@ -131,6 +131,13 @@ def render_view(scene: Scene, camera: PinholeCamera, *, supersample: int = 2) ->
 
 
 def _chunks(rays: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Parts of a camera's rays, which share its origin, or the rays of several small cameras together."""
+    n_together = RAYS_AT_ONCE // len(rays[0][1])
+    if n_together > 1:
+        for start in range(0, len(rays), n_together):
+            group = rays[start : start + n_together]
+            yield torch.cat([o.expand_as(d) for o, d in group]), torch.cat([d for _, d in group])
+        return
     for origin, directions in rays:
         for part in directions.split(RAYS_AT_ONCE):
             yield origin, part
