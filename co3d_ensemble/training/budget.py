@@ -1,0 +1,87 @@
+"""Turns ``training.budget_minutes`` into ``max_steps`` by timing real steps on a task that is then thrown away."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from co3d_ensemble.training.run_directory import RunDirectory
+from co3d_ensemble.training.stepper import INITIALISATION, Stepper, seed_default_generators
+from co3d_ensemble.training.task import Task
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_STEPS = 3  # compilation, first allocations
+MIN_TIMED_STEPS = 5
+PROBE_SHARE = 0.05  # of the budget spent on timing steps
+MAX_PROBE_SECONDS = 20.0
+
+
+def fit_budget(make_task: Callable[[Any], Task], run: RunDirectory, device: torch.device | str) -> DictConfig:
+    """Fixes ``max_steps`` of a new run from its budget; does nothing where there is none or it is fixed already.
+
+    The steps run on a task of their own, freshly initialised, with every update they would have in training; it is
+    dropped afterwards, so the run itself starts from its seed as if nothing had happened. The result goes to
+    ``config.yaml`` and ``budget.json``, from where every resume takes it. What the probe took counts against the budget,
+    validations (one measured) as often as ``validate_every`` says do as well. Speed is that of a run's beginning: a model
+    that learns to skip empty space ends early, one that grows its grid ends late.
+
+    Args:
+        make_task: builds the task from the training settings; called with torch's generators seeded for initialisation.
+
+    Returns:
+        The training settings to build the real task from.
+
+    Raises:
+        ValueError: the budget does not allow one step.
+    """
+    config = run.config.training
+    if config.get("budget_minutes") is None or run.budget is not None:
+        return config
+    if any(run.checkpoints.glob("*.pt")):
+        logger.info("training.budget_minutes is ignored: the run started without it, for %d steps", config.max_steps)
+        return config
+    seconds = 60.0 * config.budget_minutes
+    start = time.perf_counter()
+    step_seconds, validation_seconds = _probe(make_task, config, torch.device(device), min(MAX_PROBE_SECONDS, PROBE_SHARE * seconds))
+    n_validations = math.ceil(1.0 / config.validate_every)
+    left = seconds - (time.perf_counter() - start) - n_validations * validation_seconds
+    max_steps = int(left / step_seconds)
+    if max_steps < 1:
+        raise ValueError(
+            f"training.budget_minutes={config.budget_minutes} does not allow one step: {n_validations} validations of "
+            f"{validation_seconds:.2f} s, steps of {step_seconds:.3f} s"
+        )
+    probe = {"budget_minutes": config.budget_minutes, "seconds_per_step": step_seconds, "seconds_per_validation": validation_seconds}
+    logger.info("a budget of %g minutes allows %d steps: %s", config.budget_minutes, max_steps, probe)
+    run.fix_max_steps(max_steps, probe)
+    return run.config.training
+
+
+def _probe(make_task: Callable[[Any], Task], config: DictConfig, device: torch.device, seconds: float) -> tuple[float, float]:
+    """Seconds of a step and of a validation."""
+    seed_default_generators(config.seed, INITIALISATION)
+    task = make_task(config)
+    task.model.train()
+    stepper = Stepper(task, config, deferred=device.type == "cuda")
+    for step in range(WARM_UP_STEPS):
+        stepper.run(step)
+    stepper.check()  # waits for the device
+    start, step = time.perf_counter(), WARM_UP_STEPS
+    while step - WARM_UP_STEPS < MIN_TIMED_STEPS or time.perf_counter() - start < seconds:
+        for _ in range(MIN_TIMED_STEPS):
+            stepper.run(step)
+            step += 1
+        stepper.check()
+    step_seconds = (time.perf_counter() - start) / (step - WARM_UP_STEPS)
+    start = time.perf_counter()
+    task.model.eval()
+    with torch.no_grad():
+        task.validate()
+    return step_seconds, time.perf_counter() - start

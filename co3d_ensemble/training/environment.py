@@ -1,0 +1,54 @@
+"""What a run ran on: versions, device, command line, source revision."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "pytorch3d", "numpy", "omegaconf", "hydra-core")
+
+
+def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """JSON-ready facts about this process; what cannot be found out is None."""
+    device = torch.device(device)
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "command_line": list(sys.argv),
+        "git_commit": _git_commit(Path(__file__).resolve().parents[2]),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit(root: Path) -> str | None:
+    """HEAD if ``root`` is the top of a git checkout (an installed copy may lie inside someone else's)."""
+    command = ["git", "-C", str(root), "rev-parse", "HEAD", "--show-prefix"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    commit, prefix = (*answer, "")[:2]
+    return commit if prefix == "" else None

@@ -1,0 +1,252 @@
+"""The training loop: drives a :class:`~co3d_ensemble.training.task.Task` from its last good checkpoint to its end.
+
+Use, resuming and budgets included::
+
+    with RunDirectory.open(folder, config, resume=config.training.resume, device=device) as run:
+        settings = fit_budget(make_task, run, device)
+        seed_default_generators(settings.seed, INITIALISATION)
+        result = train(make_task(settings), settings, run, device)
+    sys.exit(result.exit_status)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from co3d_ensemble.functional.schedules import due
+from co3d_ensemble.training.checkpoint import Checkpoints
+from co3d_ensemble.training.records import Records
+from co3d_ensemble.training.run_directory import ConfigMismatch, RunDirectory
+from co3d_ensemble.training.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, StopSignals
+from co3d_ensemble.training.stepper import Stepper, seed_default_generators
+from co3d_ensemble.training.task import Task
+
+logger = logging.getLogger(__name__)
+
+CRITERION = "psnr_masked"  # the validation metric that picks the best checkpoint and stops early
+_EXIT_STATUS = {"interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a call of :func:`train` ended.
+
+    Attributes:
+        steps: updates done since the run began, over all resumes.
+        seconds: wall-clock time of the loop, over all resumes.
+        best_metric, best_step: validation psnr_masked of ``best.pt`` in dB (None: never a number) and the updates it had.
+        stopped: ``max_steps``, ``early_stopping``, ``interrupted`` (Ctrl-C) or ``preempted`` (SIGTERM).
+    """
+
+    steps: int
+    seconds: float
+    best_metric: float | None
+    best_step: int
+    stopped: str
+
+    @property
+    def exit_status(self) -> int:
+        """0 for a finished run, else ``EXIT_INTERRUPTED`` or ``EXIT_PREEMPTED``."""
+        return _EXIT_STATUS.get(self.stopped, 0)
+
+
+@dataclass
+class _Clock:
+    """Where a run stands; with (model, EMA, optimizer) all there is to resume."""
+
+    step: int = 0  # updates done, which is also the number of the next step
+    validated_step: int = 0
+    best_metric: float = -math.inf
+    best_step: int = 0
+    validations_without_gain: int = 0
+    seconds: float = 0.0
+    stopped: str = ""
+
+
+def train(task: Task, config: Any, run: RunDirectory, device: torch.device | str) -> TrainingResult:
+    """Trains until ``max_steps``, early stopping, Ctrl-C or SIGTERM, and leaves checkpoints and records in ``run``.
+
+    Goes on from the last good checkpoint where there is one. On CPU with ``deterministic`` and the same number of threads
+    a resumed run equals an uninterrupted one bit for bit. Non-finite losses are found in the step itself on CPU, and on CUDA
+    when metrics are logged, before every validation and every checkpoint; in either case no update enters the weights.
+
+    Args:
+        config: ``TrainingConfig`` or a node of its shape, ``run.config.training`` as :func:`fit_budget` returns it.
+        run: opened with :meth:`RunDirectory.open`.
+        device: where the task's tensors are.
+
+    Raises:
+        NonFiniteLoss: names step and term; the last checkpoint stays as it is.
+        ValueError: a weight without a loss, a validation without psnr_masked, a budget that nobody turned into steps.
+        CheckpointWriteError: a checkpoint could not be written, for example because the disk is full.
+        KeyboardInterrupt: second Ctrl-C.
+    """
+    device = torch.device(device)
+    checkpoints = Checkpoints(run.checkpoints)
+    checkpoints.prepare()
+    with _deterministic_algorithms(config.deterministic), StopSignals() as signals:
+        saved = checkpoints.load_last(device)
+        if saved is None and config.budget_minutes is not None and run.budget is None:
+            raise ValueError(f"training.budget_minutes={config.budget_minutes}: call fit_budget before train")
+        loop = _Loop(task, config, device, checkpoints, run.config_digest)
+        if saved is not None:
+            loop.resume(saved, run)
+        clock = loop.clock
+        with Records(
+            run.metrics_path,
+            run.tensorboard,
+            max_steps=config.max_steps,
+            step=clock.step,
+            validated_step=clock.validated_step,
+            progress=config.progress,
+        ) as records:
+            reason = loop.run(records, signals)
+    best = clock.best_metric if math.isfinite(clock.best_metric) else None
+    logger.info("%s after %d steps and %.0f s, best %s %s at step %d", reason, clock.step, clock.seconds, CRITERION, best, clock.best_step)
+    return TrainingResult(clock.step, clock.seconds, best, clock.best_step, reason)
+
+
+class _Loop:
+    """One process's share of a run."""
+
+    def __init__(self, task: Task, config: Any, device: torch.device, checkpoints: Checkpoints, config_digest: str) -> None:
+        self.task, self.config, self.checkpoints, self.config_digest = task, config, checkpoints, config_digest
+        self.stepper = Stepper(task, config, deferred=device.type == "cuda")
+        self.clock = _Clock()
+        self._validation_seconds = 0.0
+        self._started = self._saved_at = self._window_start = time.perf_counter()
+        self._window_step = 0
+
+    def resume(self, saved: dict[str, Any], run: RunDirectory) -> None:
+        """Takes over a checkpoint of this configuration."""
+        if saved["config_digest"] != self.config_digest:
+            raise ConfigMismatch(run.path, {"checkpoint": (saved["config_digest"][:12], self.config_digest[:12])})
+        self.stepper.load_state_dict(saved)
+        self.clock = _Clock(**saved["clock"])
+        self._started -= self.clock.seconds
+        if self.clock.best_step and not self.checkpoints.has_good_best():
+            self.clock.best_metric, self.clock.best_step = -math.inf, 0
+        logger.info("going on from step %d", self.clock.step)
+
+    def run(self, records: Records, signals: StopSignals) -> str:
+        """Until the end or a signal; returns which."""
+        finished_before = bool(self.clock.stopped)
+        self.task.model.train()
+        self._open_window()
+        while not self.clock.stopped and not signals.reason:
+            if self._validation_due():
+                self._validate(records)
+                self._decide()
+                self._open_window()
+            else:
+                self.stepper.run(self.clock.step)
+                self.clock.step += 1
+                records.advance()
+                if self.clock.step % self.config.log_every == 0 or self.clock.step == self.config.max_steps:
+                    self._log(records)
+            if time.perf_counter() - self._saved_at >= self.config.checkpoint_every_seconds:
+                self._save_last()
+        if self.clock.stopped and not self.clock.best_step:
+            self._save_best(math.nan)
+        if not finished_before:
+            self._save_last()
+        return self.clock.stopped or signals.reason
+
+    def _validation_due(self) -> bool:
+        """True once per due step, also where a signal or a kill came between the step and its validation."""
+        step, max_steps = self.clock.step, self.config.max_steps
+        return step > self.clock.validated_step and (step == max_steps or due(step, self.config.validate_every, max_steps))
+
+    def _validate(self, records: Records) -> None:
+        self.stepper.check()
+        start, clock, model = time.perf_counter(), self.clock, self.task.model
+        seed_default_generators(self.config.seed, clock.step)
+        with self._evaluated_weights():
+            model.eval()
+            try:
+                with torch.no_grad():
+                    metrics = {name: float(value) for name, value in self.task.validate().items()}
+            finally:
+                model.train()
+            if CRITERION not in metrics:
+                raise ValueError(f"the task's validation returned {', '.join(metrics) or 'nothing'}; {CRITERION} is needed")
+            if metrics[CRITERION] > clock.best_metric:
+                self._save_best(metrics[CRITERION], averaged=True)
+                clock.validations_without_gain = 0
+            else:
+                clock.validations_without_gain += 1
+        clock.validated_step = clock.step
+        self._validation_seconds = time.perf_counter() - start
+        records.validation(clock.step, metrics, self.task.pictures(), seconds=self._validation_seconds)
+
+    def _decide(self) -> None:
+        """Whether the validation just done was the last."""
+        patience = self.config.early_stopping_patience
+        if self.clock.step == self.config.max_steps:
+            self.clock.stopped = "max_steps"
+        elif patience is not None and self.clock.validations_without_gain >= patience:
+            self.clock.stopped = "early_stopping"
+
+    def _evaluated_weights(self) -> Any:
+        return nullcontext() if self.stepper.ema is None else self.stepper.ema.applied(self.task.model)
+
+    def _save_best(self, metric: float, *, averaged: bool = False) -> None:
+        """Saves the model with its averaged weights, which ``averaged`` says are in it already."""
+        if math.isnan(metric):
+            logger.warning("no validation has a best.pt with a number to show: it gets the final weights")
+        with nullcontext() if averaged else self._evaluated_weights():
+            self.checkpoints.save_best({"model": self.task.model.state_dict(), "step": self.clock.step, "metric": metric})
+        self.clock.best_step = self.clock.step
+        self.clock.best_metric = -math.inf if math.isnan(metric) else metric
+
+    def _save_last(self) -> None:
+        self.stepper.check()
+        start = time.perf_counter()
+        self.clock.seconds = start - self._started
+        self.checkpoints.save_last({**self.stepper.state_dict(), "clock": asdict(self.clock), "config_digest": self.config_digest})
+        self._saved_at = time.perf_counter()
+        self._window_start += self._saved_at - start
+
+    def _open_window(self) -> None:
+        self._window_start, self._window_step = time.perf_counter(), self.clock.step
+
+    def _log(self, records: Records) -> None:
+        self.stepper.check()
+        step = self.clock.step
+        seconds_per_step = (time.perf_counter() - self._window_start) / (step - self._window_step)
+        rays = getattr(self.task, "rays_per_step", None)
+        steps_left = self.config.max_steps - step
+        validations_left = math.ceil(steps_left / (self.config.validate_every * self.config.max_steps))
+        records.training(
+            step,
+            self.stepper.take_window(),
+            self.stepper.learning_rates,
+            seconds_per_step=seconds_per_step,
+            rays_per_second=None if rays is None else rays / seconds_per_step,
+            seconds_left=steps_left * seconds_per_step + validations_left * self._validation_seconds,
+        )
+        self._open_window()
+
+
+@contextmanager
+def _deterministic_algorithms(enabled: bool) -> Iterator[None]:
+    """torch's deterministic algorithms for the duration of the block, if ``enabled``."""
+    if not enabled:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without it
+    before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)

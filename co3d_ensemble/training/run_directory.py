@@ -1,0 +1,179 @@
+"""The folder of one run: exclusive while it trains, self-describing afterwards.
+
+``config.yaml``, ``environment.json``, ``budget.json`` (where a time budget set ``max_steps``), ``metrics.jsonl``,
+``tensorboard/``, ``checkpoints/``, ``renders/``, ``results.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from co3d_ensemble.config import FREE_KEYS
+from co3d_ensemble.training.atomic import remove_temporaries, write_json_atomic, write_text_atomic
+from co3d_ensemble.training.environment import describe_environment
+from co3d_ensemble.training.lock import FolderLock
+
+logger = logging.getLogger(__name__)
+
+RESUME_MODES = ("auto", "never", "restart")
+_ABSENT = "<absent>"
+
+
+class RunExists(RuntimeError):
+    """``resume=never`` met an existing run."""
+
+
+class ConfigMismatch(ValueError):
+    """An existing run was made with another configuration.
+
+    Attributes:
+        differences: dotted key -> (stored value, requested value).
+    """
+
+    def __init__(self, path: Path, differences: dict[str, tuple[Any, Any]]) -> None:
+        self.differences = differences
+        lines = "".join(f"\n  {key}: {stored!r} in the run, {wanted!r} now" for key, (stored, wanted) in differences.items())
+        super().__init__(f"{path} holds a run with a different configuration (training.resume=restart discards it):{lines}")
+
+
+class RunDirectory:
+    """Paths of a run; made by :meth:`open` for training, or directly for reading one."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.config_path = self.path / "config.yaml"
+        self.environment_path = self.path / "environment.json"
+        self.budget_path = self.path / "budget.json"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.results_path = self.path / "results.json"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.renders = self.path / "renders"
+
+    @property
+    def config(self) -> DictConfig:
+        """The run's configuration as stored, ``max_steps`` as a budget fixed it."""
+        return OmegaConf.load(self.config_path)
+
+    @property
+    def budget(self) -> dict[str, Any] | None:
+        """What the probe of ``training.budget_minutes`` found, or None."""
+        return json.loads(self.budget_path.read_text()) if self.budget_path.exists() else None
+
+    @property
+    def config_digest(self) -> str:
+        """Hash of every setting that can change the result."""
+        settings = {key: value for key, value in flattened(self.config).items() if not is_free(key)}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path | str, config: Any, *, resume: str = "auto", device: torch.device | str = "cpu") -> Iterator[RunDirectory]:
+        """The directory, locked for this process, its configuration checked and written.
+
+        Args:
+            config: the whole experiment, a dataclass or an omegaconf node, without missing values.
+            resume: ``auto`` goes on with an existing run, ``never`` refuses it, ``restart`` deletes it.
+            device: named in ``environment.json``.
+
+        Raises:
+            RunDirectoryBusy: another process holds it.
+            RunExists: ``resume=never`` and there is a run.
+            ConfigMismatch: the existing run differs in a setting that can change the result.
+        """
+        if resume not in RESUME_MODES:
+            raise ValueError(f"resume={resume!r}: expected one of {', '.join(RESUME_MODES)}")
+        run = cls(path)
+        run.path.mkdir(parents=True, exist_ok=True)
+        with FolderLock(run.path):
+            remove_temporaries(run.path)
+            if resume == "restart":
+                run._discard()
+            elif resume == "never" and run.config_path.exists():
+                raise RunExists(f"{run.path} holds a run already (training.resume=auto goes on with it, restart discards it)")
+            run._settle(_resolved(config))
+            run._describe(device)
+            yield run
+
+    def fix_max_steps(self, max_steps: int, probe: dict[str, Any]) -> None:
+        """Makes ``max_steps``, found by a probe, part of the configuration, once and for all resumes."""
+        write_json_atomic(self.budget_path, {"max_steps": max_steps, **probe})
+        self._settle(self.config)
+
+    def _settle(self, config: DictConfig) -> None:
+        """Writes the configuration; the steps that a budget fixed win over the default they replaced."""
+        budget = self.budget
+        if budget is not None and OmegaConf.select(config, "training.budget_minutes") is not None:
+            OmegaConf.update(config, "training.max_steps", budget["max_steps"])
+        if self.config_path.exists():
+            stored = self.config
+            if budget is not None:
+                OmegaConf.update(stored, "training.max_steps", budget["max_steps"])  # killed between the two files
+            differences = config_differences(stored, config)
+            if differences:
+                raise ConfigMismatch(self.path, differences)
+        write_text_atomic(self.config_path, OmegaConf.to_yaml(config))
+
+    def _describe(self, device: torch.device | str) -> None:
+        earlier = []
+        if self.environment_path.exists():
+            before = json.loads(self.environment_path.read_text())
+            earlier = [*before.pop("earlier_starts", []), before]
+        write_json_atomic(self.environment_path, {**describe_environment(device), "earlier_starts": earlier})
+
+    def _discard(self) -> None:
+        """Deletes the run, and nothing that is not a run's; the configuration last, so that a kill leaves a run."""
+        if self.config_path.exists():
+            logger.info("discarding the run in %s", self.path)
+        for folder in (self.checkpoints, self.tensorboard, self.renders):
+            if folder.exists():
+                shutil.rmtree(folder)
+        for file in (self.metrics_path, self.results_path, self.budget_path, self.environment_path, self.config_path):
+            file.unlink(missing_ok=True)
+
+
+def is_free(key: str, free_keys: Iterable[str] = FREE_KEYS) -> bool:
+    """Whether a dotted key, or a group that holds it, cannot change the result."""
+    return any(key == free or key.startswith(free + ".") for free in free_keys)
+
+
+def config_differences(stored: Any, wanted: Any) -> dict[str, tuple[Any, Any]]:
+    """Settings that can change the result and differ: dotted key -> (stored, wanted)."""
+    before, now = flattened(stored), flattened(wanted)
+    keys = [*before, *(key for key in now if key not in before)]
+    return {
+        key: (before.get(key, _ABSENT), now.get(key, _ABSENT))
+        for key in keys
+        if not is_free(key) and before.get(key, _ABSENT) != now.get(key, _ABSENT)
+    }
+
+
+def flattened(config: Any) -> dict[str, Any]:
+    """Dotted key -> plain value of every leaf; lists, and empty groups, are leaves."""
+    leaves: dict[str, Any] = {}
+
+    def visit(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, entry in value.items():
+                visit(f"{prefix}.{key}" if prefix else str(key), entry)
+        else:
+            leaves[prefix] = value
+
+    visit("", OmegaConf.to_container(_resolved(config), resolve=True))
+    return leaves
+
+
+def _resolved(config: Any) -> DictConfig:
+    """A plain copy, interpolations replaced, as it reads back from YAML (tuples become lists)."""
+    container = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
+    return OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(container)))
