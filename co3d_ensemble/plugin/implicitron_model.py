@@ -67,7 +67,8 @@ class ImplicitronModel(nn.Module):
         """
         Args:
             model_class_type: registered name, e.g. "OverfitModel" or "GenericModel".
-            args: ``model_<class>_args`` of Implicitron's trainer; what is left out has Implicitron's default.
+            args: ``model_<class>_args`` of Implicitron's trainer; what is left out has Implicitron's default. A node of
+                a config may hold interpolations (the experiments' ``${training.n_rays}``); they are resolved here.
             render_size: (height, width) of the training photographs.
             scene_sphere: (centre, radius) of the scene in world units. It gives the near and far distances of
                 ``AdaptiveRaySampler`` unless ``args`` set ``scene_center`` or ``scene_extent`` themselves.
@@ -79,10 +80,13 @@ class ImplicitronModel(nn.Module):
         config = _merged_args(model_class_type, args)
         config.render_image_height, config.render_image_width = render_size
         config.tqdm_trigger_threshold = sys.maxsize  # a bar per picture says nothing
-        if scene_sphere is not None and not {"scene_center", "scene_extent"} & set(args.get(_SPHERE_SAMPLER) or {}):
-            center, radius = scene_sphere
-            config[_SPHERE_SAMPLER].scene_center = [float(x) for x in center]
-            config[_SPHERE_SAMPLER].scene_extent = float(radius)
+        sampler = config[_SPHERE_SAMPLER]
+        if scene_sphere is None or {"scene_center", "scene_extent"} & set(args.get(_SPHERE_SAMPLER) or {}):
+            scene_sphere = (sampler.scene_center, sampler.scene_extent)
+        # centre and radius; in the state dict, because a model at other distances is another model
+        self.register_buffer("scene_sphere", torch.tensor([*scene_sphere[0], scene_sphere[1]], dtype=torch.float32))
+        self.register_load_state_dict_post_hook(_restore_scene_sphere)
+        _set_sphere(sampler, self.scene_sphere)
         self.implicitron = _create(model_class_type, config)
         self.loss_weights = {name: float(weight) for name, weight in config.loss_weights.items() if weight != 0}
         sampler = config[f"raysampler_{config.raysampler_class_type}_args"]
@@ -154,6 +158,17 @@ class ImplicitronModel(nn.Module):
         model.raysampler.to(next(model.parameters()).device)
 
 
+def _set_sphere(sampler: DictConfig, sphere: Tensor) -> None:
+    values = sphere.tolist()
+    sampler.scene_center, sampler.scene_extent = values[:3], values[3]
+
+
+def _restore_scene_sphere(adapter: ImplicitronModel, incompatible_keys: Any) -> None:
+    """After a state dict is loaded: near and far follow its ``scene_sphere``."""
+    _set_sphere(getattr(adapter.implicitron, _SPHERE_SAMPLER), adapter.scene_sphere)
+    adapter.implicitron.create_raysampler()
+
+
 def _merged_args(model_class_type: str, args: Mapping[str, Any]) -> DictConfig:
     """Implicitron's defaults with ``args`` over them."""
     model_class = _component(model_class_type)
@@ -161,8 +176,10 @@ def _merged_args(model_class_type: str, args: Mapping[str, Any]) -> DictConfig:
     given = OmegaConf.create(_plain(args))
     try:
         config = OmegaConf.merge(defaults, given)
+        OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
-        raise ValueError(f"model_{model_class_type}_args: {str(error).splitlines()[0]} (at {error.full_key})") from error
+        where = f" (at {error.full_key})" if error.full_key else ""
+        raise ValueError(f"model_{model_class_type}_args: {str(error).splitlines()[0]}{where}") from error
     _check_components(given, config)
     return config
 

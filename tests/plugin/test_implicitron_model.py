@@ -189,7 +189,7 @@ def test_the_coarse_function_is_the_first_pass_of_overfit_models():
 
 def test_the_scene_sphere_sets_near_and_far_unless_the_config_does():
     sampler = build().implicitron.raysampler
-    assert sampler.scene_extent == SPHERE[1] and sampler.scene_center == pytest.approx(SPHERE[0])
+    assert sampler.scene_extent == pytest.approx(SPHERE[1]) and sampler.scene_center == pytest.approx(SPHERE[0])
     fixed = build(**{SAMPLER: {**SMALL[SAMPLER], "scene_extent": 8.0}}).implicitron.raysampler
     assert fixed.scene_extent == 8.0 and fixed.scene_center == pytest.approx((0, 0, 0))
     assert build(scene_sphere=None).implicitron.raysampler.scene_extent == 8.0  # the published distances
@@ -235,6 +235,19 @@ def test_weights_move_between_models_of_different_picture_sizes():
     target.load_state_dict(source.state_dict())
     views = [model.render_view(camera(), chunk_rays=100) for model in (source, target, copy.deepcopy(source))]
     assert torch.equal(views[0].rgb, views[1].rgb) and torch.equal(views[0].rgb, views[2].rgb)
+
+
+@pytest.mark.parametrize("model_class_type", TWO_PASSES)
+def test_near_and_far_travel_with_the_weights(model_class_type):
+    source, target = build(model_class_type), build(model_class_type, scene_sphere=None)
+    assert not torch.equal(source.render_view(camera(), 100).depth, target.render_view(camera(), 100).depth)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(source.render_view(camera(), 100).depth, target.render_view(camera(), 100).depth)
+
+
+def test_an_interpolation_that_was_cut_from_its_config_is_an_error():
+    with pytest.raises(ValueError, match="model_GenericModel_args.*training.n_rays"):
+        build(**{SAMPLER: {"n_rays_per_image_sampled_from_mask": "${training.n_rays}"}})
 
 
 def compose(experiment: str, *overrides: str):
