@@ -92,6 +92,13 @@ def test_a_ray_along_a_cylinders_axis_hits_its_cap_and_misses_beside_it():
     assert first.tolist() == [3.0, math.inf, 3.0]
 
 
+def test_a_ball_shades_the_points_behind_it_and_not_its_lit_side():
+    surfaces = Surfaces((Solid("ellipsoid", (0, 0, 0), (1, 1, 1), GREY),))
+    points = torch.tensor([[0.0, -2, 0], [0, 2, 0], [0, 1, 0], [1.5, -2, 0], [0, -1, 0]], dtype=torch.float64)
+    up = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64)
+    assert surfaces.occluded(points, up).tolist() == [True, False, False, False, True]
+
+
 @pytest.mark.parametrize("name", OBJECTS)
 def test_objects_are_not_convex_a_ray_hits_leaves_and_hits_again(name):
     scene = make_scene(name, np.random.default_rng(0))
