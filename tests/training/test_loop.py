@@ -25,11 +25,11 @@ def scripted(scores):
 
 
 class DivergingTask(ToyTask):
-    """``loss_size`` is NaN at step 6, ``loss_watched`` always."""
+    """``loss_size`` is NaN at steps 6 and 8, ``loss_watched`` always."""
 
     def losses(self, batch):
         losses = super().losses(batch)
-        if self.step == 6:
+        if self.step in (6, 8):
             losses["loss_size"] = losses["loss_size"] * math.nan
         losses["loss_watched"] = losses["loss_watched"] * math.nan
         return losses
