@@ -84,9 +84,9 @@ def grid_resolution(box: Tensor, longest: int) -> tuple[int, int, int]:
 def carve(frames: list[Frame], box: Tensor, resolution: tuple[int, int, int], *, tolerance: float) -> Tensor:
     """Voxels that fall inside the masks of all but a share ``tolerance`` of the frames that see them.
 
-    Each mask is dilated by the voxel's projected half diagonal first, so no occupied space is lost to the grid's
-    coarseness. A frame does not judge voxels outside its picture or behind it; a voxel that less than a quarter of the
-    frames see is empty.
+    A voxel is inside a mask when a foreground pixel lies within the voxel's projection, half a pixel wider: no occupied
+    space is lost to the coarseness of grid or mask, however close the camera. A frame does not judge voxels outside its
+    picture, behind it or around its camera; a voxel that less than a quarter of the frames see is empty.
 
     Args:
         frames: with ``mask`` (1, H, W) uint8.
@@ -99,25 +99,32 @@ def carve(frames: list[Frame], box: Tensor, resolution: tuple[int, int, int], *,
     """
     points = voxel_centers(box, resolution).reshape(-1, 3)
     half_diagonal = 0.5 * ((box[1] - box[0]) / torch.tensor(resolution, dtype=box.dtype)).norm()
-    center = box.mean(dim=0, keepdim=True)
     seen = torch.zeros(len(points), dtype=torch.int32)
     inside = torch.zeros(len(points), dtype=torch.int32)
     for frame in frames:
         camera = frame.camera
-        _, center_z = project(center, camera)
-        radius = int(torch.ceil(camera.focal.max() * half_diagonal / center_z.clamp_min(1e-6)).clamp(0, max(camera.height, camera.width)))
-        mask = (frame.mask > 127).float()
-        if radius > 0:
-            for size in ((2 * radius + 1, 1), (1, 2 * radius + 1)):  # a square maximum filter is separable
-                mask = torch.nn.functional.max_pool2d(mask, size, stride=1, padding=(size[0] // 2, size[1] // 2))
         pixels, z = project(points, camera)
-        column, row = pixels[:, 0].floor().long(), pixels[:, 1].floor().long()
-        visible = (z > 0) & (column >= 0) & (row >= 0) & (column < camera.width) & (row < camera.height)
-        index = row.clamp(0, camera.height - 1) * camera.width + column.clamp(0, camera.width - 1)
-        seen += visible
-        inside += visible & (mask.reshape(-1)[index] > 0)
+        visible = (z > half_diagonal) & (pixels[:, 0] >= 0) & (pixels[:, 1] >= 0)
+        visible &= (pixels[:, 0] < camera.width) & (pixels[:, 1] < camera.height)
+        index = visible.nonzero()[:, 0]
+        pixels, z = pixels[index], z[index, None]
+        # farthest that a point within half_diagonal of (x, z) is seen from it: f h sqrt(1 + (x / z)^2) / (z - h) per axis
+        reach = (camera.focal.square() + (pixels - camera.principal).square()).sqrt() * half_diagonal / (z - half_diagonal)
+        seen[index] += 1
+        inside[index] += _any_foreground(frame.mask[0] > 127, pixels, reach + 0.5)
     enough = seen >= max(1.0, _MIN_VIEW_SHARE * len(frames))
     return (enough & (inside >= (1 - tolerance) * seen)).reshape(resolution)
+
+
+def _any_foreground(mask: Tensor, pixels: Tensor, reach: Tensor) -> Tensor:
+    """Whether the rectangle ``pixels +- reach`` (n, 2 each; x, y) touches a pixel of the boolean mask (H, W): bool (n,)."""
+    height, width = mask.shape
+    sums = torch.nn.functional.pad(mask.int().cumsum(0).cumsum(1), (1, 0, 1, 0))  # one lookup per corner of any rectangle
+    size = torch.tensor([width, height])
+    x0, y0 = (pixels - reach).floor().long().clamp_min(0).minimum(size).unbind(-1)
+    x1, y1 = ((pixels + reach).floor().long() + 1).clamp_min(0).minimum(size).unbind(-1)
+    flat, row = sums.reshape(-1), width + 1
+    return flat[y1 * row + x1] - flat[y0 * row + x1] - flat[y1 * row + x0] + flat[y0 * row + x0] > 0
 
 
 def tight_box(occupied: Tensor, box: Tensor, margin: float) -> Tensor:
