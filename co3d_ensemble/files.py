@@ -14,20 +14,30 @@ TEMPORARY_PATTERN = "*.tmp*"
 
 
 @contextmanager
-def written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that becomes ``path`` when the block ends without an exception; otherwise ``path`` is untouched."""
+def replaced_atomically(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes ``path`` when the block ends without an exception; otherwise ``path`` is untouched."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes ``path``, see :func:`replaced_atomically`."""
+    with replaced_atomically(path) as temporary, open(temporary, "wb") as file:
+        yield file
+        file.flush()
 
 
 def sync_folder(folder: Path) -> None:

@@ -23,6 +23,7 @@ from co3d_ensemble.config import ExperimentConfig, ModelConfig, validate
 from co3d_ensemble.data.audit import audit_subset, hold_out, usable_frames
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
 from co3d_ensemble.data.ray_bank import RayBank
+from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.types import Frame, RenderedView
 from co3d_ensemble.functional.visual_hull import candidate_box, grid_resolution, visual_hull
 from co3d_ensemble.plugin.frames import load_frames
@@ -30,13 +31,12 @@ from co3d_ensemble.plugin.implicitron_model import ImplicitronModel
 from co3d_ensemble.plugin.model import ObjectModel, build_nerf
 from co3d_ensemble.rendering import read_view, resolve_device, write_view
 from co3d_ensemble.report.pictures import comparison_sheet, save_picture, training_curve
-from co3d_ensemble.training.atomic import write_json_atomic
 from co3d_ensemble.training.budget import fit_budget
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.implicitron_task import ImplicitronTask
 from co3d_ensemble.training.loop import TrainingResult, train
-from co3d_ensemble.training.records import read_metrics
 from co3d_ensemble.training.ray_bank_task import RayBankTask, evenly_spread
+from co3d_ensemble.training.records import read_metrics
 from co3d_ensemble.training.run_directory import RunDirectory
 from co3d_ensemble.training.stepper import INITIALISATION, seed_default_generators
 from co3d_ensemble.training.task import Task
@@ -90,7 +90,7 @@ def usable_subset(config: Any) -> Subset:
     """
     index = CO3DIndex(config.dataset_root)
     subset = index.subset(config.category, config.subset_name)
-    subset.sequence_name  # raises where the subset is no single sequence
+    _ = subset.sequence_name  # raises where the subset is no single sequence
     subset = usable_frames(subset, audit_subset(index, subset, decode=True), min_known_frames=config.data.min_known_frames)
     return hold_out(subset, config.data.val_share)
 
@@ -108,7 +108,8 @@ def load_scene(config: Any) -> Scene:
     bounds, longest = config.data.bounds, config.model.occupancy.resolution
     if bounds.mode == "visual_hull":
         box, hull = visual_hull(frames, longest=longest, tolerance=bounds.hull_tolerance, margin=bounds.hull_margin)
-        logger.info("visual hull: box %s, %.1f %% occupied", [[round(v, 3) for v in corner] for corner in box.tolist()], 100 * hull.float().mean())
+        corners = [[round(value, 3) for value in corner] for corner in box.tolist()]
+        logger.info("visual hull: box %s, %.1f %% occupied", corners, 100 * hull.float().mean())
         return Scene(subset, frames, val, box, hull, None)
     near, far = bounds.overrides.get(f"{config.category}/{config.subset_name}", (bounds.near, bounds.far))
     # no carving: the grid starts full, over a cube that every ray's [near, far] lies in as far as it can show the object
@@ -126,7 +127,7 @@ def build_model(config: Any, scene: Scene) -> ObjectModel | ImplicitronModel:
         spec = config.model.implicitron
         return ImplicitronModel(
             spec.model_class_type,
-            OmegaConf.to_container(spec.args),
+            spec.args,
             render_size=(height, width),
             scene_sphere=(tuple(center.tolist()), float(radius)) if scene.near_far is None else None,
         )
@@ -195,7 +196,7 @@ def load_trained(run: RunDirectory, device: torch.device) -> tuple[ObjectModel |
 def _model_for(config: Any, state: dict[str, Tensor]) -> ObjectModel | ImplicitronModel:
     if config.model.kind == "implicitron":
         spec = config.model.implicitron
-        return ImplicitronModel(spec.model_class_type, OmegaConf.to_container(spec.args), render_size=(64, 64), scene_sphere=None)
+        return ImplicitronModel(spec.model_class_type, spec.args, render_size=(64, 64), scene_sphere=None)
     model = OmegaConf.merge(OmegaConf.structured(ModelConfig), config.model)
     near_far = state["near_far"].tolist()
     fixed = None if any(value != value for value in near_far) else (near_far[0], near_far[1])

@@ -10,9 +10,7 @@ Exit codes: 0 fine, 2 wrong arguments, 3 broken or unsafe archive, 4 frames miss
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import re
 import sys
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from co3d_ensemble.challenge.archive import ArchiveError, MissingTargets, check_
 from co3d_ensemble.challenge.scoring import format_table, score_archive
 from co3d_ensemble.challenge.targets import SEQUENCE_SETS, TASKS, targets_with_records
 from co3d_ensemble.data.co3d import CO3DIndex
+from co3d_ensemble.files import write_json_atomic
 
 BAD_ARGUMENTS, BAD_ARCHIVE, MISSING_FRAMES, BAD_DATASET = 2, 3, 4, 5
 
@@ -79,17 +78,7 @@ def evaluate(archive: Path, arguments: Arguments) -> None:
     )
     print(format_table(result))
     if arguments.output is not None:
-        write_json(Path(arguments.output), result)
-
-
-def write_json(path: Path, result: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=2, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        write_json_atomic(Path(arguments.output), result)
 
 
 def main(argv: list[str]) -> int:

@@ -7,7 +7,6 @@ file name its index. An archive is read as hostile: nothing is extracted, and an
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ import numpy as np
 
 from co3d_ensemble.challenge.frame_io import KINDS, decode_view, encode_view
 from co3d_ensemble.challenge.targets import Target
+from co3d_ensemble.files import replaced_atomically
 from co3d_ensemble.functional.types import RenderedView
 
 MAX_BYTES = 2_000_000_000  # the challenge's limit, 2.0 GB
@@ -54,20 +54,13 @@ def write_archive(path: Path | str, frames: Iterable[tuple[Target, RenderedView]
             a name that the official reader cannot take apart, or an archive larger than ``max_bytes``.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
+    with replaced_atomically(path) as temporary:
         # the bound "latest", as in the challenge's own writer, keeps thousands of attributes in a tree of their own
         with h5py.File(temporary, "w", libver="latest") as file:
             _write_frames(file, frames, max_bytes)
         size = temporary.stat().st_size
         if size > max_bytes:
             raise ValueError(f"{path}: the archive has {size:,} bytes, more than the {max_bytes:,} allowed")
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
     return size
 
 
@@ -241,12 +234,3 @@ def _missing(path: Path, position: dict[str, int], targets: Sequence[Target]) ->
         if absent:
             missing.append(target)
     return missing
-
-
-def _sync(path: Path) -> None:
-    """Makes a file's content, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

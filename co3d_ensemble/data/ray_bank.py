@@ -65,7 +65,13 @@ class RayBank:
         return len(self.names)
 
     def sample(
-        self, n_rays: int, generator: torch.Generator | None = None, *, angle_std: float = 0.0, shift_std: float = 0.0, pivot: Tensor | None = None
+        self,
+        n_rays: int,
+        generator: torch.Generator | None = None,
+        *,
+        angle_std: float = 0.0,
+        shift_std: float = 0.0,
+        pivot: Tensor | None = None,
     ) -> RayBatch:
         """Rays through pixels drawn uniformly, with replacement, from all frames.
 

@@ -38,13 +38,29 @@ class OccupancyGrid(nn.Module):
 
     def forward(self, points: Tensor) -> Tensor:
         """Whether points (..., 3) in world units lie in an occupied voxel: bool (...). False outside the box."""
-        low, high = self.box[0], self.box[1]
-        resolution = torch.tensor(self.occupied.shape, device=points.device)
-        index = ((points - low) * (resolution / (high - low))).floor().long()
-        inside = ((index >= 0) & (index < resolution)).all(dim=-1)
-        index = index.clamp_min(0).minimum(resolution - 1)
-        flat = (index[..., 0] * self.occupied.shape[1] + index[..., 1]) * self.occupied.shape[2] + index[..., 2]
-        return self.occupied.reshape(-1)[flat] & inside
+        return self.along_rays(points, torch.zeros_like(points), points.new_zeros(*points.shape[:-1], 1))[..., 0]
+
+    def along_rays(self, origins: Tensor, directions: Tensor, lengths: Tensor) -> Tensor:
+        """The same for the points ``origins + lengths * directions`` without forming them.
+
+        Args:
+            origins, directions: shape (..., 3).
+            lengths: shape (..., n_samples).
+
+        Returns:
+            bool (..., n_samples).
+        """
+        shape = self.occupied.shape
+        per_unit = torch.tensor(shape, device=origins.device) / (self.box[1] - self.box[0])
+        start, step = (origins - self.box[0]) * per_unit, directions * per_unit
+        flat = inside = None
+        for axis, n_voxels in enumerate(shape):  # axis by axis: contiguous (..., n_samples) passes instead of strided triples
+            position = torch.addcmul(start[..., axis, None], lengths, step[..., axis, None])
+            within = (position >= 0) & (position < n_voxels)
+            index = position.clamp_(0, n_voxels - 1).long()
+            flat = index if flat is None else flat.mul_(n_voxels).add_(index)
+            inside = within if inside is None else inside.logical_and_(within)
+        return inside.logical_and_(self.occupied.reshape(-1)[flat])
 
     @property
     def voxel_length(self) -> Tensor:

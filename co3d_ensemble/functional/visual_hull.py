@@ -135,7 +135,9 @@ def tight_box(occupied: Tensor, box: Tensor, margin: float) -> Tensor:
     """
     cells = occupied.nonzero()
     if len(cells) == 0:
-        raise ValueError("the visual hull is empty: masks and cameras disagree (try data.bounds.hull_tolerance=0.3 or data.bounds.mode=near_far)")
+        raise ValueError(
+            "the visual hull is empty: masks and cameras disagree (try data.bounds.hull_tolerance=0.3 or data.bounds.mode=near_far)"
+        )
     size = (box[1] - box[0]) / torch.tensor(occupied.shape, dtype=box.dtype)
     low, high = box[0] + cells.amin(dim=0) * size, box[0] + (cells.amax(dim=0) + 1) * size
     slack = margin * (high - low).max()

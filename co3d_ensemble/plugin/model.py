@@ -138,7 +138,8 @@ def build_nerf(config: ModelConfig, *, box: Tensor, hull: Tensor | None, near_fa
         hull: boolean grid over ``box``, or None for a grid that starts out full.
         near_far: fixed distances in world units, or None to clip rays to the box.
     """
-    settings = OmegaConf.to_container(OmegaConf.structured(config.nerf) if not OmegaConf.is_config(config.nerf) else config.nerf)
+    config = OmegaConf.merge(OmegaConf.structured(ModelConfig), config)
+    settings = OmegaConf.to_container(config.nerf)
     jitter = config.camera_jitter
     settings |= {
         "box_min": box[0].tolist(),
@@ -151,7 +152,7 @@ def build_nerf(config: ModelConfig, *, box: Tensor, hull: Tensor | None, near_fa
         build_component(ImplicitFunctionBase, "NeRFImplicitFunction", settings),
     ]
     functions[0].gauge.copy_(functions[1].gauge)  # one world, one gauge
-    renderer = build_component(BaseRenderer, "OccupancyAwareRenderer", dict(config.renderer.items()) if OmegaConf.is_config(config.renderer) else vars(config.renderer))
+    renderer = build_component(BaseRenderer, "OccupancyAwareRenderer", OmegaConf.to_container(config.renderer))
     occupancy = None
     if config.occupancy.enabled:
         occupancy = OccupancyGrid(

@@ -57,7 +57,7 @@ class OccupancyAwareRenderer(RendererConfig, BaseRenderer, torch.nn.Module):
             raise ValueError("a renderer needs at least one implicit function")
         if getattr(ray_bundle, "bins", None) is not None:
             raise ValueError("cast_ray_bundle_as_cone=True makes bundles of intervals; OccupancyAwareRenderer needs points")
-        output = None
+        output, occupied = None, None
         for function in implicit_functions:
             if output is not None:
                 ray_bundle = self._refined(ray_bundle, output.weights, occupied, evaluation_mode)
@@ -74,7 +74,7 @@ class OccupancyAwareRenderer(RendererConfig, BaseRenderer, torch.nn.Module):
         if self.occupancy is None:
             return None
         with torch.no_grad():
-            return self.occupancy(bundle.origins[..., None, :] + bundle.lengths[..., None] * bundle.directions[..., None, :])
+            return self.occupancy.along_rays(bundle.origins, bundle.directions, bundle.lengths)
 
     def _refined(
         self, bundle: ImplicitronRayBundle, weights: Tensor, occupied: Tensor | None, mode: EvaluationMode

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from co3d_ensemble.training.atomic import remove_temporaries, sync_folder, written_atomically
+from co3d_ensemble.files import remove_temporaries, sync_folder, written_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -62,9 +62,9 @@ class RayBankTask:
 
     def structure(self, step: int) -> bool:
         """Refines the occupancy grid from the density when it is due; replaces no parameter."""
-        max_steps = self._training.max_steps
-        if self.model.occupancy is not None and step >= self._occupancy.refine_from * max_steps and due(step, self._occupancy.refine_every, max_steps):
-            self.model.occupancy.refine(self.model.density)
+        grid, schedule, max_steps = self.model.occupancy, self._occupancy, self._training.max_steps
+        if grid is not None and step >= schedule.refine_from * max_steps and due(step, schedule.refine_every, max_steps):
+            grid.refine(self.model.density)
         return False
 
 

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from co3d_ensemble.training.atomic import without_non_finite, write_text_atomic
+from co3d_ensemble.files import without_non_finite, write_text_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from co3d_ensemble.config import FREE_KEYS
-from co3d_ensemble.training.atomic import remove_temporaries, write_json_atomic, write_text_atomic
+from co3d_ensemble.files import remove_temporaries, write_json_atomic, write_text_atomic
 from co3d_ensemble.training.environment import describe_environment
 from co3d_ensemble.training.lock import FolderLock
 

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from co3d_ensemble.training import atomic
+from co3d_ensemble import files
 from co3d_ensemble.training.checkpoint import (
     CheckpointDamaged,
     Checkpoints,
@@ -111,7 +111,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_checkpoint(checkpoints, m
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic.os, "fsync", full)
+        patch.setattr(files.os, "fsync", full)
         with pytest.raises(CheckpointWriteError, match="disk is full.*last.pt") as raised:
             checkpoints.save_last(state(2))
     assert raised.value.errno == errno.ENOSPC

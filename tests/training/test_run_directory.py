@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from co3d_ensemble.config import ExperimentConfig
-from co3d_ensemble.training.atomic import write_json_atomic, written_atomically
+from co3d_ensemble.files import write_json_atomic, written_atomically
 from co3d_ensemble.training.lock import FolderLock, RunDirectoryBusy
 from co3d_ensemble.training.run_directory import ConfigMismatch, RunDirectory, RunExists, flattened
 

@@ -1,0 +1,89 @@
+"""Implicitron's own trainer with our components registered::
+
+    python -m co3d_ensemble.plugin.experiment --config-name co3d_nerf_small exp_dir=OUT KEY=VALUE ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import co3d_ensemble.plugin  # noqa: F401 - registers our components, which must precede the import of the trainer
+
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs" / "implicitron"
+TRAINERS = ("pytorch3d.implicitron_trainer", "projects.implicitron_trainer")  # as installed; as in a clone of PyTorch3D
+NEEDED_MODULES = ("experiment", "impl.model_factory", "impl.optimizer_factory", "impl.training_loop")
+NEEDED_PACKAGES = {"hydra": "hydra-core", "accelerate": "accelerate"}  # the trainer cannot be imported without them
+EXIT_MISSING = 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Hands ``arguments`` (default: the command line) over to Implicitron's ``experiment``.
+
+    Returns:
+        0, or ``EXIT_MISSING`` after a message on stderr where the trainer or a package that it needs is not installed.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    trainer, problems = find_trainer()
+    problems += [f"the package `{name}`: pip install {name}" for module, name in NEEDED_PACKAGES.items() if not _exists(module)]
+    if trainer is None or problems:
+        sys.stderr.write("Implicitron's trainer cannot run here. Missing:\n" + "".join(f"- {line}\n" for line in problems))
+        return EXIT_MISSING
+    sys.argv = [sys.argv[0], *with_config_path(arguments)]  # hydra reads the command line itself
+    importlib.import_module(f"{trainer}.experiment").experiment()
+    return 0
+
+
+def find_trainer() -> tuple[str | None, list[str]]:
+    """The importable name of a complete trainer, else None and what is missing and how to get it."""
+    if _exists("projects"):  # PyTorch3D's wheels install an empty package of this name, which hides a clone's folder
+        projects = importlib.import_module("projects")
+        projects.__path__ = pkgutil.extend_path(projects.__path__, "projects")
+    gaps = {}
+    for trainer in TRAINERS:
+        gaps[trainer] = [f"{trainer}.{name}" for name in NEEDED_MODULES if not _exists(f"{trainer}.{name}")]
+        if not gaps[trainer]:
+            return trainer, []
+    found = [trainer for trainer in TRAINERS if len(gaps[trainer]) < len(NEEDED_MODULES)]
+    # PyTorch3D's wheels have the trainer's entry point and nothing of what it imports
+    missing = ", ".join(gaps[found[0]]) if found else " or ".join(TRAINERS)
+    from pytorch3d import __version__
+
+    return None, [
+        f"{missing}: git clone --branch v{__version__} https://github.com/facebookresearch/pytorch3d CLONE, then either build and "
+        "install it (its INSTALL.md), or, without compiling, put it on the path: PYTHONPATH=CLONE python -m ..."
+    ]
+
+
+def with_config_path(arguments: Sequence[str]) -> list[str]:
+    """``arguments`` with an absolute ``--config-path``: the user's, else their ``--config-dir``, else ``CONFIG_DIR``.
+
+    The trainer's own default, ``./configs/``, is one that hydra cannot find when the trainer is imported and not run as a
+    file, and hydra takes a relative path as relative to the trainer's module, not to the working directory.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    parser.add_argument("--config-path", "-cp")
+    folders, others = parser.parse_known_args(list(arguments))
+    primary = folders.config_path or folders.config_dir or str(CONFIG_DIR)
+    options = ["--config-path", str(Path(primary).resolve())]
+    if folders.config_path and folders.config_dir:
+        options += ["--config-dir", str(Path(folders.config_dir).resolve())]
+    return options + others
+
+
+def _exists(module: str) -> bool:
+    """Whether ``module`` can be found; imports its parents, not itself."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

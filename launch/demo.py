@@ -1,0 +1,74 @@
+"""The main job on generated data: photographs, training, evaluation, submission, pictures (about 4 minutes on two cores).
+
+    python launch/demo.py                         # writes demo_output/
+    python launch/demo.py output=OUT steps=300    # elsewhere, shorter
+
+A finished demo is not trained again; delete the folder to start over. An interrupted one goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from co3d_ensemble.challenge.scoring import format_table
+from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
+from co3d_ensemble.pipeline import compose_experiment, export_submission, train_sequence
+from co3d_ensemble.scripts import configure_logging, first_line, reported
+
+CATEGORY, SUBSET = "mug", "manyview_dev_0"
+
+
+@dataclass
+class DemoConfig:
+    output: str = "demo_output"
+    steps: int | None = None
+    device: str = "auto"
+
+
+def demo(options: DemoConfig) -> int:
+    started, output = time.perf_counter(), Path(options.output)
+    root = output / "dataset"
+    if not (root / "category_to_subset_name_list.json").exists():
+        print(f"photographing a generated {CATEGORY} into {root}", flush=True)
+        generate_dataset(root, {CATEGORY: [SUBSET]}, SyntheticConfig())
+    overrides = ["experiment=nerf_demo", f"dataset_root={root}", f"category={CATEGORY}", f"subset_name={SUBSET}"]
+    overrides += [f"output_dir={output}", f"device={options.device}"]
+    overrides += [] if options.steps is None else [f"training.max_steps={options.steps}"]
+    config = compose_experiment(overrides)
+    status = train_sequence(config).exit_status
+    if status:
+        return status
+    exported = export_submission(root, output, sequence_set="dev", models=[config.member], device=options.device)
+    run = output / CATEGORY / SUBSET / config.member
+    metrics = json.loads((run / "results.json").read_text())["metrics"]
+    print(f"\n{format_table(exported['results'])}\n")
+    print(f"target frames never seen in training: psnr_masked {metrics['psnr_masked']:.2f} dB, IoU {metrics['iou']:.3f}")
+    print(f"submission: {exported['archive']}")
+    print(f"all of the run: {run} (tensorboard --logdir {output})")
+    print(f"pictures (photograph | target | render | depth | mask | error): {run / 'targets.png'}")
+    print(f"{time.perf_counter() - started:.0f} seconds")
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0
+    configure_logging()
+    try:
+        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DemoConfig), OmegaConf.from_cli(arguments)))
+    except OmegaConfBaseException as error:
+        print(f"error: {first_line(error)}\n{__doc__}", file=sys.stderr)
+        return 2
+    return reported(lambda: demo(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
