@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from pytorch3d.implicitron.models.metrics import ViewMetricsBase
 from pytorch3d.implicitron.models.renderer.base import ImplicitronRayBundle, RendererOutput
 from pytorch3d.implicitron.tools.config import registry
@@ -63,10 +64,14 @@ class RecipeViewMetrics(ViewMetricsBase):
 def _sampled_targets(bundle: ImplicitronRayBundle, image_rgb: Tensor | None, fg_probability: Tensor | None) -> RayTargets | None:
     if image_rgb is None or fg_probability is None:
         return None
-    if bundle.is_packed():  # n_rays_total_training: one ray per drawn camera, whose id says which image it belongs to
-        ids = bundle.camera_ids.repeat_interleave(bundle.camera_counts)
-        image_rgb, fg_probability = image_rgb[ids], fg_probability[ids]
-    xys = bundle.xys.reshape(len(image_rgb), -1, 1, 2)
+    xys, drawn = bundle.xys, None
+    if bundle.is_packed():  # n_rays_total_training: single rays; one picture per drawn camera, its rays padded to a common count
+        xys, _, _ = bundle.get_padded_xys()
+        image_rgb, fg_probability = image_rgb[bundle.camera_ids], fg_probability[bundle.camera_ids]
+        drawn = torch.arange(xys.shape[1], device=xys.device) < bundle.camera_counts[:, None]
+    xys = xys.reshape(len(image_rgb), -1, 1, 2)
     rgb = ndc_grid_sample(image_rgb, xys, mode="bilinear")[..., 0].transpose(1, 2)
     mask = ndc_grid_sample(fg_probability, xys, mode="nearest")[:, 0, :, 0]
+    if drawn is not None:
+        rgb, mask = rgb[drawn], mask[drawn]
     return RayTargets(rgb=rgb, mask=(mask > 0.5).to(rgb.dtype))
