@@ -17,6 +17,7 @@ from co3d_ensemble.config import ModelConfig
 from co3d_ensemble.fields.occupancy import OccupancyGrid
 from co3d_ensemble.functional.cameras import distance_to_depth, intersect_box, pixel_centers, pixel_rays
 from co3d_ensemble.functional.types import SURFACE_ALPHA, PinholeCamera, RayTargets, RenderedView
+from co3d_ensemble.functional.visual_hull import grid_resolution
 from co3d_ensemble.functional.volume_rendering import stratified_lengths
 
 
@@ -155,6 +156,8 @@ def build_nerf(config: ModelConfig, *, box: Tensor, hull: Tensor | None, near_fa
     renderer = build_component(BaseRenderer, "OccupancyAwareRenderer", OmegaConf.to_container(config.renderer))
     occupancy = None
     if config.occupancy.enabled:
+        if hull is None:
+            hull = torch.ones(grid_resolution(box, config.occupancy.resolution), dtype=torch.bool, device=box.device)
         occupancy = OccupancyGrid(
             box, hull, opacity_threshold=config.occupancy.opacity_threshold, decay=config.occupancy.decay
         )
