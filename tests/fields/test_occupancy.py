@@ -58,6 +58,18 @@ def test_every_voxel_answers_for_its_own_centre():
     assert torch.equal(grid(hull)(centers()), hull)
 
 
+def test_lookup_along_rays_is_the_lookup_of_their_points():
+    occupancy = grid(random_hull())
+    generator = torch.Generator().manual_seed(1)
+    origins = BOX.mean(dim=0) + torch.randn(4, 9, 3, generator=generator)
+    directions = torch.nn.functional.normalize(torch.randn(4, 9, 3, generator=generator), dim=-1)
+    lengths = 6 * torch.rand(4, 9, 20, generator=generator)
+    points = origins[..., None, :] + lengths[..., None] * directions[..., None, :]
+    along, expected = occupancy.along_rays(origins, directions, lengths), occupancy(points)
+    assert along.shape == (4, 9, 20) and 0 < expected.float().mean() < 1
+    assert (along != expected).sum() <= 1  # one may lie on a face, where rounding decides
+
+
 @pytest.mark.parametrize("far", [1e6, -1e6, 1e30])
 def test_points_far_outside_are_not_occupied(far):
     assert not grid()(torch.full((1, 3), far)).any()

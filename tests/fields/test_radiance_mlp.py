@@ -45,6 +45,15 @@ def test_output_is_the_network_of_the_paper_written_with_matrices():
         torch.testing.assert_close(color[i], 1 / (1 + torch.exp(-linear("color", head))), rtol=1e-4, atol=1e-5)
 
 
+def test_every_one_of_very_many_samples_is_answered_in_its_place():
+    mlp, (points, directions, ray) = small(), samples(20_001)
+    with torch.no_grad():
+        whole = mlp(points, directions, ray)
+        for part in (slice(0, 5), slice(8190, 8200), slice(16380, 16390), slice(19_990, 20_001)):
+            for all_at_once, alone in zip(whole, mlp(points[part], directions, ray[part])):
+                torch.testing.assert_close(all_at_once[part], alone, rtol=1e-4, atol=1e-5)
+
+
 def test_density_does_not_depend_on_the_view_direction_and_colour_does():
     mlp, (points, directions, ray) = small(), samples()
     raw, color = mlp(points, directions, ray)
