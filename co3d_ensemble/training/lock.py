@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 LOCK_NAME = ".lock"
+GRACE_SECONDS = 2.0  # a holder killed this moment, or its forked worker, may take a while to be gone
 
 _held: set[int] = set()
 
@@ -41,12 +42,10 @@ class FolderLock:
 
     def __enter__(self) -> FolderLock:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked_within(descriptor, GRACE_SECONDS):
             holder = _describe(os.pread(descriptor, 4096, 0))
             os.close(descriptor)
-            raise RunDirectoryBusy(f"{self.path.parent} is in use by {holder}") from None
+            raise RunDirectoryBusy(f"{self.path.parent} is in use by {holder}")
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(owner).encode(), 0)
@@ -60,6 +59,18 @@ class FolderLock:
             os.ftruncate(self._descriptor, 0)
             os.close(self._descriptor)  # the file stays: removing it would let two processes lock two files of one name
         self._descriptor = None
+
+
+def _locked_within(descriptor: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.02)
 
 
 def _describe(content: bytes) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from co3d_ensemble.functional.metrics import challenge_metrics, ssim
+from co3d_ensemble.functional.metrics import SSIM_WINDOW, challenge_metrics, ssim
 from co3d_ensemble.functional.types import Frame, PinholeCamera, RenderedView
 
 MAX_PICTURES = 4  # validation frames shown in TensorBoard
@@ -16,10 +16,12 @@ Render = Callable[[PinholeCamera], RenderedView]
 
 
 def score_frame(view: RenderedView, frame: Frame) -> dict[str, float | None]:
-    """The challenge's metrics and SSIM (on black) of one frame; None where the ground truth is missing."""
+    """The challenge's metrics and SSIM (on black) of one frame; None where the ground truth is missing, and for the
+    SSIM of a picture smaller than its window."""
     rgb, mask = frame.rgb.float() / 255, frame.mask.float() / 255
     scores = challenge_metrics(view.rgb, view.mask, view.depth, rgb, mask, frame.depth, frame.depth_mask)
-    return {**scores, "ssim": float(ssim(view.rgb, rgb * (mask > 0.5)))}
+    fits = min(rgb.shape[-2:]) >= SSIM_WINDOW
+    return {**scores, "ssim": float(ssim(view.rgb, rgb * (mask > 0.5))) if fits else None}
 
 
 def mean_scores(per_frame: Iterable[Mapping[str, float | None]]) -> dict[str, float]:

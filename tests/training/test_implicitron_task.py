@@ -124,7 +124,7 @@ def test_more_frames_per_step_than_frames_are_refused(frames_per_step):
 
 
 def test_a_task_without_validation_frames_is_refused():
-    with pytest.raises(ValueError, match="val_frames"):
+    with pytest.raises(ValueError, match="validation frame"):
         task(val=[])
 
 
