@@ -31,6 +31,7 @@ class OccupancyGrid(nn.Module):
         super().__init__()
         self.opacity_threshold, self.decay = opacity_threshold, decay
         self.register_buffer("box", box.clone())
+        self.register_buffer("_resolution", torch.tensor(hull.shape, device=box.device), persistent=False)
         self.register_buffer("hull", hull.clone())
         self.register_buffer("occupied", hull.clone())
         # infinite until seen: nothing is declared empty before the density there has been looked at
@@ -51,7 +52,7 @@ class OccupancyGrid(nn.Module):
             bool (..., n_samples).
         """
         shape = self.occupied.shape
-        per_unit = torch.tensor(shape, device=origins.device) / (self.box[1] - self.box[0])
+        per_unit = self._resolution / (self.box[1] - self.box[0])
         start, step = (origins - self.box[0]) * per_unit, directions * per_unit
         flat = inside = None
         for axis, n_voxels in enumerate(shape):  # axis by axis: contiguous (..., n_samples) passes instead of strided triples
@@ -65,7 +66,7 @@ class OccupancyGrid(nn.Module):
     @property
     def voxel_length(self) -> Tensor:
         """Mean side of a voxel, world units."""
-        return ((self.box[1] - self.box[0]) / torch.tensor(self.occupied.shape, device=self.box.device)).mean()
+        return ((self.box[1] - self.box[0]) / self._resolution).mean()
 
     @torch.no_grad()
     def refine(self, density: Callable[[Tensor], Tensor], *, chunk: int = 1 << 18) -> None:
@@ -80,7 +81,7 @@ class OccupancyGrid(nn.Module):
             chunk: points per call.
         """
         cells = self.hull.reshape(-1).nonzero()[:, 0]
-        size = (self.box[1] - self.box[0]) / torch.tensor(self.hull.shape, device=self.box.device)
+        size = (self.box[1] - self.box[0]) / self._resolution
         centers = voxel_centers(self.box, tuple(self.hull.shape)).reshape(-1, 3)[cells]
         points = centers + (torch.rand_like(centers) - 0.5) * size
         new = torch.cat([density(part) for part in points.split(chunk)]) if len(points) else points[:, 0]

@@ -11,6 +11,7 @@ from pytorch3d.implicitron.tools.config import registry
 from torch import Tensor
 
 from co3d_ensemble.config import NeRFConfig
+from co3d_ensemble.fields.compaction import Compaction
 from co3d_ensemble.fields.radiance_mlp import RadianceMLP, density_activation
 from co3d_ensemble.functional.cameras import random_rotation_vector, so3_exp
 
@@ -39,6 +40,7 @@ class NeRFImplicitFunction(NeRFConfig, ImplicitFunctionBase, torch.nn.Module):
         if not (self.box[1] > self.box[0]).all():
             raise ValueError(f"box_min={self.box_min} must lie below box_max={self.box_max}")
         self.register_buffer("gauge", so3_exp(random_rotation_vector(self.gauge_angle_std, ())))
+        self._compaction = Compaction()
         density_activation(torch.zeros(1), self.density_activation)  # refuses an unknown name now, not at the first step
         self.mlp = RadianceMLP(
             n_layers=self.n_layers,
@@ -54,6 +56,10 @@ class NeRFImplicitFunction(NeRFConfig, ImplicitFunctionBase, torch.nn.Module):
     @staticmethod
     def allows_multiple_passes() -> bool:
         return True
+
+    def adapt_capacity(self) -> None:
+        """Lets training steps run without waiting for the device from now on; see :class:`Compaction`. This call waits."""
+        self._compaction.adapt()
 
     @property
     def unit(self) -> Tensor:
@@ -85,17 +91,18 @@ class NeRFImplicitFunction(NeRFConfig, ImplicitFunctionBase, torch.nn.Module):
         n_samples = lengths.shape[-1]
         origins, directions = ray_bundle.origins.reshape(-1, 3), ray_bundle.directions.reshape(-1, 3)
         if occupied is None:
-            index = torch.arange(lengths.numel(), device=lengths.device)
+            index = sample = torch.arange(lengths.numel(), device=lengths.device)
         else:
-            index = occupied.reshape(-1).nonzero()[:, 0]
-        ray = torch.div(index, n_samples, rounding_mode="floor")
-        points = torch.addcmul(origins[ray], lengths.reshape(-1)[index, None], directions[ray])
+            index = self._compaction(occupied) if self.training else occupied.reshape(-1).nonzero()[:, 0]
+            sample = index.clamp(max=max(lengths.numel() - 1, 0))  # padding evaluates the last sample and is thrown away
+        ray = torch.div(sample, n_samples, rounding_mode="floor")
+        points = torch.addcmul(origins[ray], lengths.reshape(-1)[sample, None], directions[ray])
         seen = torch.nn.functional.normalize(directions, dim=-1)
         if self.training and self.view_jitter_angle_std > 0:
             turn = so3_exp(random_rotation_vector(self.view_jitter_angle_std, seen.shape[:1], seen.device))
             seen = (turn @ seen[..., None])[..., 0]
         density, color = self.density_and_color(points, seen, ray)
-        if occupied is not None:
-            density = density.new_zeros(lengths.numel()).index_copy(0, index, density)
-            color = color.new_zeros(lengths.numel(), 3).index_copy(0, index, color)
+        if occupied is not None:  # one place more than there are samples, for the padding
+            density = density.new_zeros(lengths.numel() + 1).index_copy(0, index, density)[:-1]
+            color = color.new_zeros(lengths.numel() + 1, 3).index_copy(0, index, color)[:-1]
         return density.reshape(*lengths.shape, 1), color.reshape(*lengths.shape, 3), {}

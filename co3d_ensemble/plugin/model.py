@@ -117,6 +117,11 @@ class ObjectModel(nn.Module):
             rgb=torch.cat(rgb).T.reshape(3, *shape).clamp(0, 1), depth=depth.reshape(1, *shape), mask=mask.reshape(1, *shape).clamp(0, 1)
         )
 
+    def adapt_capacity(self) -> None:
+        """Fits every pass's room for occupied samples to the counts of the steps since the last call; waits for the device."""
+        for function in self.functions:
+            function.adapt_capacity()
+
     @torch.no_grad()
     def density(self, points: Tensor) -> Tensor:
         """Largest density over the passes at world points (n, 3): (n,) per world unit. Without noise."""

@@ -15,6 +15,10 @@ from co3d_ensemble.plugin.model import ObjectModel
 from co3d_ensemble.training.validation import FrameValidation
 
 
+CAPACITY_STEPS = 200  # on CUDA, steps between two fits of the room for occupied samples
+FIRST_CAPACITY_STEP = 16  # enough batches to know how their counts vary
+
+
 class RayBankTask:
     """A :class:`~co3d_ensemble.training.task.Task`: rays of all frames against an :class:`ObjectModel`.
 
@@ -61,10 +65,15 @@ class RayBankTask:
         return self._validation.pictures()
 
     def structure(self, step: int) -> bool:
-        """Refines the occupancy grid from the density when it is due; replaces no parameter."""
+        """Refines the occupancy grid from the density when it is due; replaces no parameter.
+
+        On CUDA it also fits the room for occupied samples, so that the steps between do not wait for the device.
+        """
         grid, schedule, max_steps = self.model.occupancy, self._occupancy, self._training.max_steps
         if grid is not None and step >= schedule.refine_from * max_steps and due(step, schedule.refine_every, max_steps):
             grid.refine(self.model.density)
+        if self.model.box.is_cuda and step % CAPACITY_STEPS == FIRST_CAPACITY_STEP:
+            self.model.adapt_capacity()
         return False
 
 
