@@ -4,16 +4,15 @@
 
 Tried with PyTorch3D 0.7.9's source, not compiled, torch 2.13 (CPU), hydra 1.3.8, accelerate 1.2.1, no visdom:
 
-- ``co3d_nerf_small`` on CO3D's ``apple``, with 150 steps per epoch and 2 epochs: objective 2.9 to 0.38 (mean of the epoch),
-  val photographs, checkpoints, plots; 0.05 s per step on one core. Also on a generated sequence, and resumed there. No
-  option but the category and the folders is needed, and none of the ops that only a compiled PyTorch3D has is called.
-- ``accelerate`` is imported whatever the settings; ``visdom`` is optional: without it, or without a server, the trainer says
-  so and goes on.
-- The trainer must be of PyTorch3D's own version: 0.7.9's over 0.7.4's files ends with an AttributeError after the first step
-  (``Stats.get_status_string``). 0.7.4's own trainer was not tried.
-- ``lr_policy`` Exponential and LinearExponential end with a TypeError there (``verbose``, which torch removed from
-  schedulers); its evaluator (``test_interval``, ``test_when_finished``, ``eval_only``) with a URLError without a network
-  (LPIPS's weights).
+- ``co3d_nerf_small`` on CO3D's ``apple`` with ``dataset_length_train=150 max_epochs=2``: objective 2.9 at the first step, 0.38 on
+  average over the second epoch; val photographs, checkpoints, plots; 0.05 s per step on one core. Also on a generated sequence,
+  and resumed there. Category, ``exp_dir`` and the data root are all that must be set; no compiled op without stand-in is called.
+- ``accelerate`` is imported whatever the settings; ``visdom`` is optional: without it the trainer says so and goes on.
+- The trainer must be of PyTorch3D's own version: 0.7.9's over 0.7.4's files ends with an AttributeError at its first line of
+  figures (``Stats.get_status_string``). 0.7.4's own trains, validates and writes the checkpoint, then ends with a ValueError as
+  it plots after the first epoch (``grid_b``, which matplotlib 3.11 refuses): it needs an older matplotlib.
+- ``lr_policy`` Exponential and LinearExponential end with a TypeError (``verbose``, which torch removed from schedulers), its
+  evaluator (``test_interval``, ``test_when_finished``, ``eval_only``) with a URLError where LPIPS cannot load its weights.
 - With the implicit function's default ``density_bias`` 0, rays from 3 to 24 started opaque, and the last pass did not learn its
   mask in 60 steps: the files set -3.
 """
