@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,13 @@ from torch import Tensor
 
 from co3d_ensemble.challenge.archive import check_archive, write_archive
 from co3d_ensemble.challenge.lpips import load_lpips, lpips_masked
-from co3d_ensemble.challenge.scoring import score_archive
+from co3d_ensemble.challenge.scoring import GroundTruthError, score_archive
 from co3d_ensemble.challenge.targets import Target, archive_name, targets_with_records
 from co3d_ensemble.config import ExperimentConfig, ModelConfig, validate
 from co3d_ensemble.data.audit import audit_subset, hold_out, usable_frames
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
 from co3d_ensemble.data.ray_bank import RayBank
-from co3d_ensemble.files import write_json_atomic
+from co3d_ensemble.files import remove_temporaries, write_json_atomic
 from co3d_ensemble.functional.types import Frame, RenderedView
 from co3d_ensemble.functional.visual_hull import candidate_box, grid_resolution, visual_hull
 from co3d_ensemble.plugin.frames import load_frames
@@ -34,6 +35,7 @@ from co3d_ensemble.report.pictures import comparison_sheet, save_picture, traini
 from co3d_ensemble.training.budget import fit_budget
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.implicitron_task import ImplicitronTask
+from co3d_ensemble.training.lock import FolderLock
 from co3d_ensemble.training.loop import TrainingResult, train
 from co3d_ensemble.training.ray_bank_task import RayBankTask, evenly_spread
 from co3d_ensemble.training.records import read_metrics
@@ -69,8 +71,9 @@ class Scene:
     Attributes:
         subset: usable frames by role.
         train, val: decoded frames at the run's resolution.
-        box: of the object, (2, 3), world units.
-        hull: boolean grid over ``box``, all true where the bounds are fixed distances.
+        box: of the object, (2, 3), world units: the unit of its coordinates.
+        grid_box: what ``hull`` covers, (2, 3); ``box``, or more where the bounds are fixed distances.
+        hull: boolean grid over ``grid_box``, all true where the bounds are fixed distances.
         near_far: fixed distances, or None to clip rays to the box.
     """
 
@@ -78,6 +81,7 @@ class Scene:
     train: list[Frame]
     val: list[Frame]
     box: Tensor
+    grid_box: Tensor
     hull: Tensor
     near_far: tuple[float, float] | None
 
@@ -99,24 +103,33 @@ def load_scene(config: Any) -> Scene:
     """Decodes the known and validation frames and bounds the object, per ``config.data``."""
     subset = usable_subset(config)
 
-    def load(records: Sequence[FrameRecord]) -> list[Frame]:
-        keys = [record.key for record in records]
-        return load_frames(config.dataset_root, config.category, config.subset_name, keys, longest_side=config.data.longest_side)
-
-    frames = load(subset.known)
-    val = load(evenly_spread(list(subset.val), config.data.max_val_frames))
+    frames = [_load_frame(config, record, with_depth=False) for record in subset.known]  # no depth supervision
+    val = [_load_frame(config, record) for record in evenly_spread(list(subset.val), config.data.max_val_frames)]
     bounds, longest = config.data.bounds, config.model.occupancy.resolution
     if bounds.mode == "visual_hull":
         box, hull = visual_hull(frames, longest=longest, tolerance=bounds.hull_tolerance, margin=bounds.hull_margin)
         corners = [[round(value, 3) for value in corner] for corner in box.tolist()]
         logger.info("visual hull: box %s, %.1f %% occupied", corners, 100 * hull.float().mean())
-        return Scene(subset, frames, val, box, hull, None)
+        return Scene(subset, frames, val, box, box, hull, None)
     near, far = bounds.overrides.get(f"{config.category}/{config.subset_name}", (bounds.near, bounds.far))
     # no carving: the grid starts full, over a cube that every ray's [near, far] lies in as far as it can show the object
-    center = candidate_box(frames).mean(dim=0)
-    half = (far - near) / 2
-    box = torch.stack((center - half, center + half))
-    return Scene(subset, frames, val, box, torch.ones(grid_resolution(box, longest), dtype=torch.bool), (near, far))
+    box = candidate_box(frames)
+    center, half = box.mean(dim=0), (far - near) / 2
+    grid_box = torch.stack((center - half, center + half))
+    return Scene(subset, frames, val, box, grid_box, torch.ones(grid_resolution(grid_box, longest), dtype=torch.bool), (near, far))
+
+
+def _load_frame(config: Any, record: FrameRecord, *, with_depth: bool = True) -> Frame:
+    """One frame at the run's resolution; depth only where the audit left it (a damaged map costs the depth, not the frame)."""
+    (frame,) = load_frames(
+        config.dataset_root,
+        config.category,
+        config.subset_name,
+        [record.key],
+        longest_side=config.data.longest_side,
+        load_depths="auto" if with_depth and record.depth_path is not None else False,
+    )
+    return frame
 
 
 def build_model(config: Any, scene: Scene) -> ObjectModel | ImplicitronModel:
@@ -131,7 +144,7 @@ def build_model(config: Any, scene: Scene) -> ObjectModel | ImplicitronModel:
             render_size=(height, width),
             scene_sphere=(tuple(center.tolist()), float(radius)) if scene.near_far is None else None,
         )
-    return build_nerf(config.model, box=scene.box, hull=scene.hull, near_far=scene.near_far)
+    return build_nerf(config.model, box=scene.box, grid_box=scene.grid_box, hull=scene.hull, near_far=scene.near_far)
 
 
 def make_task(config: Any, training: Any, scene: Scene, device: torch.device) -> Task:
@@ -165,7 +178,7 @@ def run_directory(output_dir: Path | str, category: str, subset_name: str, membe
 def train_sequence(config: DictConfig) -> TrainingResult:
     """Walk 1: trains one member on one sequence, then renders and scores its targets.
 
-    Goes on where an earlier run of the same configuration stopped. Leaves the run directory of ARCHITECTURE's walk:
+    Goes on where an earlier run of the same configuration stopped, and does nothing where one is finished. Leaves the run directory of ARCHITECTURE's walk:
     configuration, environment, metrics, events, checkpoints, ``results.json`` and ``targets.png``.
 
     Raises:
@@ -175,6 +188,9 @@ def train_sequence(config: DictConfig) -> TrainingResult:
     path = run_directory(config.output_dir, config.category, config.subset_name, config.member)
     CO3DIndex(config.dataset_root).subset(config.category, config.subset_name)  # a wrong name leaves no folder behind
     with RunDirectory.open(path, config, resume=config.training.resume, device=device) as run:
+        finished = _finished(run)
+        if finished is not None:
+            return finished
         scene = load_scene(config)
         training = fit_budget(lambda settings: make_task(config, settings, scene, device), run, device)
         seed_default_generators(training.seed, INITIALISATION)
@@ -182,6 +198,20 @@ def train_sequence(config: DictConfig) -> TrainingResult:
         if result.exit_status == 0:
             evaluate_run(run, scene.subset, device, result)
     return result
+
+
+def _finished(run: RunDirectory) -> TrainingResult | None:
+    """How a run ended that was trained to its end and scored, or None where anything is left to do."""
+    checkpoints = Checkpoints(run.checkpoints)
+    if not run.results_path.exists() or not checkpoints.has_good_best():
+        return None
+    if run.results_path.stat().st_mtime_ns < checkpoints.best.stat().st_mtime_ns:
+        return None
+    results, best = json.loads(run.results_path.read_text()), checkpoints.load_best()
+    logger.info("%s is finished: %s after %d steps", run.path, results["stopped"], results["steps"])
+    logger.info("to score it again, delete %s; to train it again, set training.resume=restart", run.results_path)
+    metric = best["metric"] if math.isfinite(best["metric"]) else None
+    return TrainingResult(results["steps"], results["seconds"], metric, results["best_step"], results["stopped"])
 
 
 def load_trained(run: RunDirectory, device: torch.device) -> tuple[ObjectModel | ImplicitronModel, DictConfig]:
@@ -200,7 +230,8 @@ def _model_for(config: Any, state: dict[str, Tensor]) -> ObjectModel | Implicitr
     model = OmegaConf.merge(OmegaConf.structured(ModelConfig), config.model)
     near_far = state["near_far"].tolist()
     fixed = None if any(value != value for value in near_far) else (near_far[0], near_far[1])
-    return build_nerf(model, box=state["box"], hull=state.get("renderer.occupancy.hull"), near_far=fixed)
+    grid = {name: state.get(f"renderer.occupancy.{name}") for name in ("box", "hull")}
+    return build_nerf(model, box=state["box"], grid_box=grid["box"], hull=grid["hull"], near_far=fixed)
 
 
 def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result: TrainingResult) -> dict[str, Any]:
@@ -214,9 +245,7 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
     per_frame: dict[str, dict[str, float | None]] = {}
     rows = []
     for record in scorable:
-        (frame,) = load_frames(
-            config.dataset_root, config.category, config.subset_name, [record.key], longest_side=config.data.longest_side
-        )
+        frame = _load_frame(config, record)
         view = model.render_view(frame.camera.to(device), config.rendering.chunk_rays).cpu()
         scores = score_frame(view, frame)
         rgb, mask = frame.rgb.float() / 255, frame.mask.float() / 255
@@ -302,7 +331,8 @@ def export_submission(
         ``{"archive": path, "missing": [...], "results": {...} or None}``; the results also go to ``results.json`` beside it.
 
     Raises:
-        ValueError: a subset lacks its run (all are listed), or the archive is not as it should be.
+        ValueError: a subset lacks its run (all are listed), the archive is not as it should be, or ground truth is broken.
+        RunDirectoryBusy: another process is exporting to the same folder.
     """
     if len(models) != 1:
         raise ValueError(f"models={list(models)}: exporting needs exactly one member")
@@ -324,16 +354,27 @@ def export_submission(
         )
     if not runs:
         raise ValueError(f"no subset of {sequence_set} has a trained {models[0]} under {output_dir}")
+    for name, run in runs.items():
+        if not run.results_path.exists():
+            logger.warning("%s: its training has not ended (%s); the best checkpoint so far is exported", name, run.path)
     folder = Path(output_dir) / "submission"
     folder.mkdir(parents=True, exist_ok=True)
-    archive = folder / archive_name("manyview", sequence_set)
+    archive, scores = folder / archive_name("manyview", sequence_set), folder / "results.json"
     present = {target: record for target, record in records.items() if target.folder in runs}
-    write_archive(archive, _rendered(runs, present, resolve_device(device)))
-    check_archive(archive, records, allow_missing=allow_missing)
-    results = None
-    if sequence_set == "dev":
-        results = score_archive(archive, present)
-        write_json_atomic(folder / "results.json", results)
+    with FolderLock(folder):
+        for written_to in (folder, *(run.renders for run in runs.values())):
+            remove_temporaries(written_to)  # of an export that was killed
+        if sequence_set == "dev":
+            scores.unlink(missing_ok=True)  # of the archive that is replaced now
+        write_archive(archive, _rendered(runs, present, resolve_device(device)))
+        check_archive(archive, records, allow_missing=allow_missing)
+        results = None
+        if sequence_set == "dev":
+            try:
+                results = score_archive(archive, present)
+            except GroundTruthError as error:
+                raise GroundTruthError(f"{archive} is written and whole, but cannot be scored: {error}") from error
+            write_json_atomic(scores, results)
     return {"archive": archive, "missing": missing, "results": results}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from co3d_ensemble.fields.encoding import encoding_width, harmonic_encoding
 
-CPU_CHUNK = 8192  # points whose activations stay in a core's cache; larger batches are bound by memory traffic
+CPU_CHUNK = 16_384  # points whose activations stay in the cache; larger batches are bound by memory traffic
 DENSITY_ACTIVATIONS = ("relu", "softplus")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

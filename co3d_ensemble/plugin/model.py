@@ -135,16 +135,25 @@ class ObjectModel(nn.Module):
         return density
 
 
-def build_nerf(config: ModelConfig, *, box: Tensor, hull: Tensor | None, near_far: tuple[float, float] | None) -> ObjectModel:
+def build_nerf(
+    config: ModelConfig,
+    *,
+    box: Tensor,
+    hull: Tensor | None,
+    near_far: tuple[float, float] | None,
+    grid_box: Tensor | None = None,
+) -> ObjectModel:
     """The recipe's NeRF: coarse and fine MLP, occupancy-aware renderer, recipe losses.
 
     Args:
         config: ``kind`` must be ``nerf``.
         box: the object's box, (2, 3), world units: unit of the MLP's coordinates, limit of the rays unless ``near_far``.
-        hull: boolean grid over ``box``, or None for a grid that starts out full.
+        hull: boolean grid over ``grid_box``, or None for a grid that starts out full.
         near_far: fixed distances in world units, or None to clip rays to the box.
+        grid_box: what the occupancy grid covers, (2, 3); None: ``box``. Samples outside it are never evaluated.
     """
     config = OmegaConf.merge(OmegaConf.structured(ModelConfig), config)
+    grid_box = box if grid_box is None else grid_box
     settings = OmegaConf.to_container(config.nerf)
     jitter = config.camera_jitter
     settings |= {
@@ -162,9 +171,9 @@ def build_nerf(config: ModelConfig, *, box: Tensor, hull: Tensor | None, near_fa
     occupancy = None
     if config.occupancy.enabled:
         if hull is None:
-            hull = torch.ones(grid_resolution(box, config.occupancy.resolution), dtype=torch.bool, device=box.device)
+            hull = torch.ones(grid_resolution(grid_box, config.occupancy.resolution), dtype=torch.bool, device=box.device)
         occupancy = OccupancyGrid(
-            box, hull, opacity_threshold=config.occupancy.opacity_threshold, decay=config.occupancy.decay
+            grid_box, hull, opacity_threshold=config.occupancy.opacity_threshold, decay=config.occupancy.decay
         )
     return ObjectModel(
         functions,
