@@ -1,0 +1,118 @@
+"""Writes the section "Figures" of benchmarks/README.md from the files in benchmarks/results.
+
+    python benchmarks/report.py            # prints the tables
+    python benchmarks/report.py --write    # puts them between the marks in README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BEGIN, END = "<!-- figures: written by report.py -->", "<!-- end of figures -->"
+NOTHING = "No results are stored in `benchmarks/results` yet."
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def heading(result: Mapping[str, Any], title: str) -> list[str]:
+    place = f"{result['machine']}, device {result['device']}, {result['threads']} CPU threads"
+    return [f"### {title}", "", f"{place}; torch {result['torch']}, PyTorch3D {result['pytorch3d']}; `{result['command']}`", ""]
+
+
+def step_section(result: Mapping[str, Any]) -> list[str]:
+    """Of one result of nerf_step.py."""
+    title = f"Step: {result['mlp']} MLP, {result['rays']} rays x ({result['samples'][0]} + {result['samples'][1]})"
+    memory = result["peak_memory_mb"]
+    rows = [["Implicitron", number(result["implicitron_s"], 4), "1.0", number(memory.get("implicitron"), 0)]]
+    for precision in ("float32", "bfloat16"):
+        seconds = result.get(f"ours_{precision}_s")
+        if seconds is not None:
+            peak = number(memory.get(f"ours_{precision}"), 0)
+            rows.append([f"ours, {precision}", number(seconds, 4), number(result[f"ratio_{precision}"]), peak])
+    with_refinement = f"ours, {result['ours_precision']}, with its share of the grid's refinement"
+    rows.append([with_refinement, number(result["ours_with_refinement_s"], 4), number(result["ratio_with_refinement"]), ""])
+    lines = heading(result, title) + table(["", "seconds per step", "times faster", "peak MiB"], rows)
+    lines += ["", f"On {result['sequence']}; the MLPs see {100 * result['occupied_share']:.1f} % of the samples.", ""]
+    if "scaling" in result:
+        cases = [
+            [str(case["frames"]), str(case["longest_side"]), number(case["ours_s"], 4), number(case["implicitron_s"], 4)]
+            for case in result["scaling"]
+        ]
+        lines += [*table(["frames", "longest side, px", "ours, s per step", "Implicitron, s per step"], cases), ""]
+    return lines
+
+
+def quality_section(result: Mapping[str, Any]) -> list[str]:
+    """Of one result of time_to_quality.py."""
+    rows = []
+    for name, run in result["runs"].items():
+        cells = [number(run["final_db"], 2), number(run["total_s"], 0), number(run["level_s"]), number(run.get("final_reached_s"), 0)]
+        cells += [number(run.get("ours_reaches_final_s")), number(run.get("ratio")), number(run["peak_memory_mb"], 0)]
+        rows.append([name, *cells])
+    head = ["run", "final psnr_masked, dB", "total, s", f"s to {number(result['level_db'], 2)} dB", "s to its final psnr"]
+    lines = heading(result, "Time to quality") + table([*head, "s until ours has that psnr", "times sooner", "peak MiB"], rows)
+    sentence = f"On {result['sequence']}; the mask hull in its mean colour scores {number(result['reference_db'], 2)} dB."
+    if result["better_baseline"]:
+        sentence += f" Against the better baseline, {result['better_baseline']}: {number(result['ratio'])} times sooner."
+    return [*lines, "", sentence, ""]
+
+
+SECTIONS = {"nerf_step": step_section, "time_to_quality": quality_section}
+
+
+def figures(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of all results, steps first.
+
+    Raises:
+        ValueError: a result of an unknown benchmark.
+    """
+    unknown = sorted({str(result.get("benchmark")) for result in results} - SECTIONS.keys())
+    if unknown:
+        raise ValueError(f"results of unknown benchmarks: {', '.join(unknown)}; known are {', '.join(SECTIONS)}")
+    ordered = [result for name in SECTIONS for result in results if result["benchmark"] == name]
+    lines = [line for result in ordered for line in SECTIONS[result["benchmark"]](result)]
+    return "\n".join(lines).strip() if lines else NOTHING
+
+
+def with_figures(readme: str, text: str) -> str:
+    """``readme`` with ``text`` between the marks.
+
+    Raises:
+        ValueError: the marks are missing.
+    """
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks the marks {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="update README.md instead of printing")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of result files")
+    parser.add_argument("--readme", type=Path, default=HERE / "README.md")
+    arguments = parser.parse_args(argv)
+    text = figures([json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))])
+    if arguments.write:
+        arguments.readme.write_text(with_figures(arguments.readme.read_text(), text))
+    else:
+        print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
