@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +13,9 @@ import torch
 
 from co3d_ensemble.files import written_atomically
 from co3d_ensemble.functional.types import PinholeCamera, RenderedView
+
+# what zipfile, zlib and NumPy raise on damaged archives, by where the damage is
+_DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError, RuntimeError)
 
 
 class Renderable(Protocol):
@@ -50,8 +54,9 @@ def read_view(path: Path) -> RenderedView:
     Raises:
         ValueError: naming the file, when it is damaged.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return RenderedView(*(torch.from_numpy(arrays[key].astype(np.float32)) for key in ("rgb", "depth", "mask")))
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: not a render, or damaged: {error}") from error
+    with open(path, "rb") as file:
+        try:
+            with np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
+                return RenderedView(*(torch.from_numpy(arrays[key].astype(np.float32)) for key in ("rgb", "depth", "mask")))
+        except _DAMAGE as error:
+            raise ValueError(f"{path}: not a render, or damaged: {error}") from error
