@@ -85,6 +85,21 @@ def test_skipped_samples_are_never_evaluated():
     assert sum(asked) == 3
 
 
+def test_a_fixed_room_for_occupied_samples_changes_neither_outputs_nor_gradients():
+    function = build(density_noise_std=0.0).train()
+    rays = bundle()
+    occupied = torch.rand(rays.lengths.shape, generator=torch.Generator().manual_seed(2)) > 0.5
+    results = []
+    for _ in range(2):
+        density, color, _ = function(ray_bundle=rays, occupied=occupied)
+        function.zero_grad()
+        (density.square().sum() + color.square().sum()).backward()
+        results.append((density.detach(), color.detach(), *(p.grad.clone() for p in function.parameters())))
+        function.adapt_capacity()
+    for exact, padded in zip(*results):
+        torch.testing.assert_close(padded, exact, rtol=1e-4, atol=1e-5)
+
+
 def test_noise_is_on_the_raw_density_in_training_only():
     noisy, clean = build(density_noise_std=0.5, density_activation="relu"), build(density_noise_std=0.0, density_activation="relu")
     for function in (noisy, clean):
