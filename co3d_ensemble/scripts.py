@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError)
+INTERRUPTED = 130  # 128 + SIGINT, as the training loop has it
 
 
 def configure_logging(level: int = logging.INFO) -> None:
@@ -29,7 +30,7 @@ def first_line(error: BaseException) -> str:
 
 
 def reported(action: Callable[[], int]) -> int:
-    """Runs ``action`` and returns its exit code, or prints the error and returns 1.
+    """Runs ``action`` and returns its exit code, or prints the error and returns 1; after Ctrl-C 130.
 
     CO3D_ENSEMBLE_TRACEBACK=1 shows the traceback; unexpected kinds of errors always do.
     """
@@ -40,3 +41,8 @@ def reported(action: Callable[[], int]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # while loading or scoring; training takes Ctrl-C itself
+        if os.environ.get("CO3D_ENSEMBLE_TRACEBACK"):
+            raise
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return INTERRUPTED
