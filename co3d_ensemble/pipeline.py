@@ -60,6 +60,8 @@ def compose_experiment(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) 
     ConfigStore.instance().store(name="experiment_schema", node=ExperimentConfig)
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         config = compose("train_sequence", list(overrides))
+    # Hydra's "+key=value" adds what the schema lacks: refused here like any other unknown key
+    OmegaConf.merge(OmegaConf.structured(ExperimentConfig), OmegaConf.to_container(config))
     validate(config)
     return config
 

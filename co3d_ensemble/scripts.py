@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError)
+_OMEGACONF_NOISE = ("full_key:", "reference_type=", "object_type=")
 INTERRUPTED = 130  # 128 + SIGINT, as the training loop has it
 
 
@@ -21,12 +22,22 @@ def configure_logging(level: int = logging.INFO) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What a person needs of an exception: its message without Hydra's chain of causes."""
-    message = str(error).strip()
-    cause = error.__cause__
-    if cause is not None and str(cause).strip() and str(cause).strip() not in message:
-        message += f": {str(cause).strip()}"
-    return " ".join(message.split())
+    """What a person needs of a configuration error and its cause: the key and what is wrong, in one line."""
+    chain = [link for link in (error, error.__cause__) if link is not None]
+    noise = _OMEGACONF_NOISE
+    if any("' not in '" in str(link) for link in chain):
+        noise += ("To append to your config",)  # Hydra's advice; a key that the schema lacks cannot be appended
+    texts: list[str] = []
+    for link in chain:
+        told = str(link).partition("Config search path:")[0]  # Hydra's folders, of no use to who mistyped a name
+        text = " ".join(line.strip() for line in told.splitlines() if not line.strip().startswith(noise))
+        text = " ".join(text.split())
+        key = getattr(link, "full_key", None)
+        if key and not any(key in known for known in (text, *texts)):
+            text = f"{key}: {text}"
+        if text and not any(text in known for known in texts):
+            texts.append(text)
+    return ": ".join(text.removesuffix(".") for text in texts)
 
 
 def reported(action: Callable[[], int]) -> int:

@@ -2,9 +2,16 @@
 
     python launch/export_submission.py dataset_root=ROOT output_dir=OUT sequence_set=dev models=[nerf]
 
-Writes OUT/submission/submission_manyview_<set>.hdf5 and results.json. Other settings: allow_missing=true leaves out
-subsets without a trained run; device=auto|cpu|cuda. Exit codes: 0 done, 1 an error that the message explains, 2 wrong
-arguments.
+Writes OUT/submission/submission_manyview_<set>.hdf5 and, for dev, results.json. Settings:
+
+    dataset_root=ROOT      CO3Dv2 root folder
+    output_dir=outputs     where the runs are
+    sequence_set=dev       dev | test
+    models=[nerf]          name of the runs' folders, <output_dir>/<category>/<subset_name>/<member>
+    allow_missing=false    true leaves out subsets without a trained run
+    device=auto            auto | cpu | cuda | cuda:N
+
+Exit codes: 0 done, 1 an error that the message explains, 2 wrong arguments, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from co3d_ensemble.challenge.scoring import format_table
+from co3d_ensemble.challenge.targets import SEQUENCE_SETS
 from co3d_ensemble.pipeline import export_submission
 from co3d_ensemble.scripts import configure_logging, first_line, reported
 
@@ -48,8 +56,10 @@ def main(arguments: list[str]) -> int:
     try:
         config = OmegaConf.merge(OmegaConf.structured(ExportConfig), OmegaConf.from_cli(arguments))
         OmegaConf.to_container(config, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        print(f"error: {first_line(error)}\n{__doc__}", file=sys.stderr)
+        if config.sequence_set not in SEQUENCE_SETS:
+            raise ValueError(f"sequence_set={config.sequence_set!r}: expected one of {', '.join(SEQUENCE_SETS)}")
+    except (OmegaConfBaseException, ValueError) as error:
+        print(f"error: {first_line(error)} (python launch/export_submission.py --help lists the settings)", file=sys.stderr)
         return 2
     return reported(lambda: export(config))
 
