@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from co3d_ensemble.functional.cameras import pixel_centers, pixel_rays
+from co3d_ensemble.functional.cameras import pixel_centers, pixel_rays, project
 from co3d_ensemble.functional.types import Frame, PinholeCamera
 from co3d_ensemble.functional.visual_hull import candidate_box, carve, grid_resolution, tight_box, visual_hull, voxel_centers
 
@@ -80,6 +80,7 @@ def test_hull_holds_the_whole_ball_at_any_scale_and_place_and_little_else(scale)
     assert ((box[1] - box[0]) < 3.2 * radius).all()
     far = voxel_centers(box, hull.shape)[hull].sub(center).norm(dim=-1)
     assert far.max() < 2.2 * radius
+    assert hull.float().mean() * (box[1] - box[0]).prod() < 2 * (4 / 3 * math.pi * radius**3)
 
 
 def test_hull_holds_an_elongated_box_and_follows_its_shape():
@@ -95,10 +96,24 @@ def test_hull_holds_an_elongated_box_and_follows_its_shape():
 
 
 def test_no_part_of_the_object_is_lost_close_to_the_cameras():
-    center = torch.zeros(3)
-    frames = [frame(camera, ball(center, 1.0)) for camera in ring(center, 1.0, distance=1.5, zoom=0.45)]
-    box, hull = visual_hull(frames, **(SETTINGS | {"longest": 10}))
-    assert in_hull(points_of_ball(center, 1.0), box, hull).all()
+    cameras = ring(torch.zeros(3), 1.0, n=12, distance=1.15, zoom=0.22, sizes=((150, 220), (200, 150)))
+    frames = [frame(camera, ball(torch.zeros(3), 1.0)) for camera in cameras]
+    box = torch.tensor([[-1.1] * 3, [1.1] * 3])
+    hull = carve(frames, box, (10, 10, 10), tolerance=0.0)
+    assert in_hull(points_of_ball(torch.zeros(3), 1.0, 20_000), box, hull).all()
+
+
+@pytest.mark.parametrize("x", [0.0, 3.0])
+def test_a_voxel_stays_when_the_only_foreground_pixel_shows_one_of_its_corners(x):
+    camera = PinholeCamera(torch.eye(3), torch.zeros(3), torch.tensor([100.0, 100.0]), torch.tensor([210.0, 110.0]), 220, 420)
+    box = torch.tensor([[x - 1, -1.0, 2.0], [x + 1, 1.0, 4.0]])
+    for corner in range(8):
+        point = torch.stack([box[(corner >> axis) & 1, axis] for axis in range(3)])
+        column, row = project(point, camera)[0].floor().long().tolist()
+        mask = torch.zeros(1, 220, 420, dtype=torch.uint8)
+        mask[0, row, column] = 255
+        shown = Frame("thing/0", "thing", 0, mask.expand(3, -1, -1), mask, camera)
+        assert carve([shown], box, (1, 1, 1), tolerance=0.0).all()
 
 
 @pytest.mark.parametrize("bad", [0, 255])
@@ -147,11 +162,12 @@ def test_the_candidate_cube_holds_the_object_despite_bad_masks():
     frames = [frame(camera, ball(center, 1.0)) for camera in ring(center, 1.0)]
     frames[3] = replace(frames[3], mask=torch.zeros_like(frames[3].mask))
     corner = torch.zeros_like(frames[4].mask)
-    corner[:, :3, :3] = 255
+    corner[:, :3, :3] = 255  # something else was segmented
     frames[4] = replace(frames[4], mask=corner)
     low, high = candidate_box(frames)
     assert (low <= center - 1).all() and (high >= center + 1).all()
     assert ((high - low) < 4).all()
+    assert ((low + high) / 2 - center).norm() < 0.03
 
 
 def test_masks_that_are_all_empty_are_an_error():

@@ -35,10 +35,10 @@ def frame(number: int, size=(12, 16)) -> Frame:
     )
 
 
-def task(*, jitter="off", hull=None, max_steps=100, n_rays=64, occupancy=True, frames=None, **occupancy_settings) -> RayBankTask:
+def task(*, jitter="off", shift_std=0.02, hull=None, max_steps=100, n_rays=64, occupancy=True, frames=None, **occupancy_settings) -> RayBankTask:
     torch.manual_seed(0)
     schedule = OccupancyConfig(enabled=occupancy, resolution=8, **occupancy_settings)
-    camera_jitter = CameraJitterConfig(mode=jitter, extrinsics_angle_std=0.05, extrinsics_shift_std=0.02)
+    camera_jitter = CameraJitterConfig(mode=jitter, extrinsics_angle_std=0.05, extrinsics_shift_std=shift_std)
     config = ModelConfig(
         nerf=NeRFConfig(n_layers=2, n_hidden=24, skip_layers=(1,), n_hidden_color=8, n_harmonics_xyz=3, n_harmonics_dir=1),
         renderer=RendererConfig(n_pts_per_ray_coarse=12, n_pts_per_ray_fine=6),
@@ -112,8 +112,9 @@ def test_only_the_extrinsics_mode_moves_the_cameras_about_the_middle_of_the_box(
         return
     angle = angle_between(batch.directions, reference.directions)
     assert 0.001 < angle.mean() < 0.15
-    shift = (batch.origins.norm(dim=-1) - 4.0).abs()  # a rotation about the origin keeps the distance of 4
-    assert 0.001 < shift.mean() < 0.3
+    assert 0.001 < (batch.origins.norm(dim=-1) - 4.0).abs().mean() < 0.3
+    turned = task(jitter=mode, shift_std=0.0).batch(0)  # about the middle of the box, the origin: the distance stays
+    torch.testing.assert_close(turned.origins.norm(dim=-1), torch.full((64,), 4.0))
 
 
 def test_the_grid_is_refined_from_its_first_due_step_on_and_at_the_asked_interval():
