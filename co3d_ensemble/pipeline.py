@@ -180,8 +180,9 @@ def run_directory(output_dir: Path | str, category: str, subset_name: str, membe
 def train_sequence(config: DictConfig) -> TrainingResult:
     """Walk 1: trains one member on one sequence, then renders and scores its targets.
 
-    Goes on where an earlier run of the same configuration stopped, and does nothing where one is finished. Leaves the run directory of ARCHITECTURE's walk:
-    configuration, environment, metrics, events, checkpoints, ``results.json`` and ``targets.png``.
+    Goes on where an earlier run of the same configuration stopped, and does nothing where one is finished. Leaves the run
+    directory of ARCHITECTURE's walk: configuration, environment, metrics, events, checkpoints, ``results.json`` and
+    ``targets.png``.
 
     Raises:
         ValueError and its subclasses: bad input, naming the file or key; RunDirectoryBusy; NonFiniteLoss.
