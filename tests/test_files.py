@@ -7,7 +7,14 @@ import os
 import pytest
 
 from co3d_ensemble import files
-from co3d_ensemble.files import remove_temporaries, without_non_finite, write_bytes_atomic, write_json_atomic, write_text_atomic, written_atomically
+from co3d_ensemble.files import (
+    remove_temporaries,
+    without_non_finite,
+    write_bytes_atomic,
+    write_json_atomic,
+    write_text_atomic,
+    written_atomically,
+)
 
 
 def names(folder):

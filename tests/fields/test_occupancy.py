@@ -180,7 +180,7 @@ def test_results_do_not_depend_on_the_scale_of_the_scene():
     for scale in (0.1, 1.0, 10.0):
         occupancy = OccupancyGrid(BOX * scale, torch.ones(SHAPE, dtype=torch.bool))
         torch.manual_seed(0)
-        occupancy.refine(lambda points: 0.02 / scale * (points / scale - 3).sin().sum(-1).clamp_min(0))
+        occupancy.refine(lambda points, scale=scale: 0.02 / scale * (points / scale - 3).sin().sum(-1).clamp_min(0))
         refined.append(occupancy.occupied)
     assert 0 < refined[0].sum() < refined[0].numel()
     assert torch.equal(refined[0], refined[1]) and torch.equal(refined[2], refined[1])

@@ -67,7 +67,8 @@ def test_an_opaque_sample_hides_everything_behind_it_in_float32():
 
 def test_thin_haze_keeps_its_digits_in_float32():
     _, alphas, alpha = rendering_weights(torch.full((3,), 1e-9), torch.tensor([1.0, 1.0, 1.0]))
-    assert alphas[0].item() == pytest.approx(1e-9, rel=1e-6)  # 1 - exp(-x) would give 0
+    for value in (alphas[0], opacity(torch.tensor(1e-9), torch.tensor(1.0))):
+        assert value.item() == pytest.approx(1e-9, rel=1e-6)  # 1 - exp(-x) would give 0
     assert alpha.item() == pytest.approx(3e-9, rel=1e-6)
 
 

@@ -68,7 +68,8 @@ class Analytic(torch.nn.Module):
 def analytic(density, *, box=CUBE, near_far=None, n=400, n_fine=8, occupancy=None) -> ObjectModel:
     renderer = build_component(BaseRenderer, "OccupancyAwareRenderer", {"n_pts_per_ray_fine": n_fine})
     metrics = build_component(ViewMetricsBase, "RecipeViewMetrics", {})
-    return ObjectModel([Analytic(density), Analytic(density)], renderer, metrics, n_pts_per_ray=n, box=box, near_far=near_far, occupancy=occupancy)
+    functions = [Analytic(density), Analytic(density)]
+    return ObjectModel(functions, renderer, metrics, n_pts_per_ray=n, box=box, near_far=near_far, occupancy=occupancy)
 
 
 def targets(n, seed=0) -> RayTargets:
@@ -230,7 +231,8 @@ def test_skipping_changes_neither_losses_nor_gradients_where_what_is_skipped_is_
     results = []
     for occupancy in (True, False):
         # without a floor both draw importance samples from the coarse weights alone
-        model = nerf(box=CUBE, hull=hull, occupancy=occupancy, density_activation="relu", density_scale=2.0, renderer={"occupied_floor": 0.0})
+        settings = {"density_activation": "relu", "density_scale": 2.0, "renderer": {"occupied_floor": 0.0}}
+        model = nerf(box=CUBE, hull=hull, occupancy=occupancy, **settings)
         assert (model.occupancy is not None) is occupancy
         for function in model.functions:
             function.mlp = BallOfDensity(function.mlp)
@@ -365,7 +367,8 @@ def test_refining_by_the_models_own_density_keeps_its_picture():
 
 
 def test_a_state_dict_renders_the_same_picture_in_a_model_of_other_weights_and_occupancy():
-    source, target = nerf(hull=small_hull(), jitter="fixed_gauge", seed=1), nerf(hull=torch.ones(8, 6, 5, dtype=torch.bool), jitter="fixed_gauge", seed=2)
+    source = nerf(hull=small_hull(), jitter="fixed_gauge", seed=1)
+    target = nerf(hull=torch.ones(8, 6, 5, dtype=torch.bool), jitter="fixed_gauge", seed=2)
     for parameter in target.parameters():
         parameter.data.add_(0.1)
     target.load_state_dict(copy.deepcopy(source.state_dict()))

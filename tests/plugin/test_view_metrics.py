@@ -71,7 +71,8 @@ def test_both_passes_are_scored_against_given_targets_and_the_entropy_is_of_the_
 def test_losses_are_unweighted_whatever_the_number_of_rays():
     result = output((20,), 1)
     targets = RayTargets(rgb=torch.rand(20, 3), mask=torch.ones(20))
-    twice = RendererOutput(*(torch.cat((x, x)) for x in (result.features, result.depths, result.masks)), aux={"opacities": result.aux["opacities"].repeat(2, 1)})
+    doubled = (x.repeat(2, 1) for x in (result.features, result.depths, result.masks))
+    twice = RendererOutput(*doubled, aux={"opacities": result.aux["opacities"].repeat(2, 1)})
     both = RayTargets(rgb=targets.rgb.repeat(2, 1), mask=targets.mask.repeat(2))
     assert_losses(
         metrics()(raymarched=twice, ray_bundle=bundle(torch.zeros(40, 2)), targets=both),
@@ -90,9 +91,8 @@ def test_targets_sampled_from_the_pictures_are_those_of_the_rays_pixels():
     images, masks = pictures(3)
     column, row = drawn_pixels(3, 8)
     result = output((3, 8, 1), 1, prev_stage=output((3, 8, 1), 2))
-    found = metrics()(
-        raymarched=result, ray_bundle=bundle(ndc(column, row)[:, :, None]), image_rgb=images, fg_probability=masks, results={}, mask_crop=None
-    )
+    rays = bundle(ndc(column, row)[:, :, None])
+    found = metrics()(raymarched=result, ray_bundle=rays, image_rgb=images, fg_probability=masks, results={}, mask_crop=None)
     camera = torch.arange(3)[:, None]
     rgb = images[camera, :, row, column].reshape(-1, 3)
     assert_losses(found, expected(result, rgb, (masks[camera, 0, row, column] > 0.5).float().flatten()))

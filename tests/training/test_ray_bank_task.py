@@ -35,7 +35,9 @@ def frame(number: int, size=(12, 16)) -> Frame:
     )
 
 
-def task(*, jitter="off", shift_std=0.02, hull=None, max_steps=100, n_rays=64, occupancy=True, frames=None, **occupancy_settings) -> RayBankTask:
+def task(
+    *, jitter="off", shift_std=0.02, hull=None, max_steps=100, n_rays=64, occupancy=True, frames=None, **occupancy_settings
+) -> RayBankTask:
     torch.manual_seed(0)
     schedule = OccupancyConfig(enabled=occupancy, resolution=8, **occupancy_settings)
     camera_jitter = CameraJitterConfig(mode=jitter, extrinsics_angle_std=0.05, extrinsics_shift_std=shift_std)
