@@ -35,6 +35,15 @@ DEV, TEST = "manyview_dev_0", "manyview_test_0"
 MAGENTA = (255, 0, 255)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small only wait for a second thread, ten times as long where other processes keep the cores busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return generated(tmp_path_factory.mktemp("root"), {"mug": [DEV, TEST], "bear": [DEV]})
@@ -193,7 +202,7 @@ def test_resume_never_refuses_a_run_and_restart_discards_it(own_output, root, ca
 
 
 def test_a_time_budget_fixes_the_steps_once(root, tmp_path, monkeypatch):
-    given = {"training__budget_minutes": 0.02, "training__validate_every": 1.0}
+    given = {"training__budget_minutes": 0.04, "training__validate_every": 1.0}
     assert train(root, tmp_path, **given) == 0
     steps = settings_of(tmp_path).training.max_steps
     assert steps > 0 and json.loads((run_of(tmp_path) / "budget.json").read_text())["max_steps"] == steps
