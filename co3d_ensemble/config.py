@@ -8,6 +8,7 @@ only what differs. ``validate`` checks what types cannot.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Iterator
 
@@ -98,7 +99,9 @@ class BoundsConfig:
     mode: str = setting("visual_hull", "visual_hull: box carved from the masks | near_far: fixed distances")
     near: float = setting(3.0, "near distance of near_far, world units")
     far: float = setting(24.0, "far distance of near_far, world units")
-    overrides: dict[str, list[float]] = setting({}, "near_far per '<category>/<subset_name>': [near, far]")
+    overrides: dict[str, Any] = setting(
+        {}, "near_far per '<category>/<subset_name>': [near, far] (on the command line: +data.bounds.overrides=...)"
+    )
     hull_tolerance: float = setting(0.05, "share of the masks that may miss a voxel of the hull (bad masks)")
     hull_margin: float = setting(0.05, "margin around the hull, in box sides")
 
@@ -126,7 +129,7 @@ class TrainingConfig:
     clip_grad_norm: float | None = setting(1.0, "gradient-norm clip; null: off")
     ema: bool = setting(True, "evaluate an exponential moving average of the weights")
     ema_horizon: float = setting(35.0, "decay = 1 - ema_horizon / max_steps: 0.9999 at 350,000 steps")
-    loss_weights: dict[str, float] = setting(
+    loss_weights: dict[str, float | None] = setting(
         {
             "loss_roi_rgb": 1.0,
             "loss_prev_stage_roi_rgb": 1.0,
@@ -134,7 +137,7 @@ class TrainingConfig:
             "loss_prev_stage_alpha_bce": 1.0,
             "loss_sample_entropy": 1e-5,
         },
-        "weight per loss name; an unknown name is an error",
+        "weight per loss name; null drops a default; an unknown name is an error",
     )
     ramped_losses: tuple[str, ...] = setting(("loss_sample_entropy",), "losses ramped in linearly after the warm-up")
     ramp: float = setting(0.05, "share of max_steps over which they ramp")
@@ -169,6 +172,8 @@ class ExperimentConfig:
     rendering: RenderingConfig = setting(RenderingConfig, "how it is rendered")
 
 
+MIN_COARSE_SAMPLES = 3  # importance sampling drops the first and the last
+
 # Keys that cannot change the result: a resumed run may differ in them.
 FREE_KEYS = (
     "dataset_root",
@@ -201,7 +206,6 @@ _POSITIVE = (
     "model.occupancy.resolution",
     "model.nerf.n_layers",
     "model.nerf.n_hidden",
-    "model.renderer.n_pts_per_ray_coarse",
     "data.min_known_frames",
 )
 
@@ -228,10 +232,16 @@ def validate(config: Any) -> None:
     for key in _POSITIVE:
         if not get(key) > 0:
             raise ValueError(f"{key}={get(key)!r}: must be positive")
-    near, far = config.data.bounds.near, config.data.bounds.far
-    for name, (low, high) in {"near, far": (near, far), **{k: v for k, v in config.data.bounds.overrides.items()}}.items():
-        if not 0 < low < high:
-            raise ValueError(f"data.bounds {name}: need 0 < near < far, got {low}, {high}")
+    bounds = config.data.bounds
+    pairs = {"data.bounds.near, far": (bounds.near, bounds.far)}
+    pairs |= {f"data.bounds.overrides.{name}": pair for name, pair in bounds.overrides.items()}
+    for name, pair in pairs.items():
+        numbers = [value for value in pair if isinstance(value, (int, float))] if isinstance(pair, Sequence) else []
+        if len(numbers) != 2 or len(pair) != 2 or not 0 < numbers[0] < numbers[1]:
+            raise ValueError(f"{name}={pair}: expected two distances with 0 < near < far")
+    n_coarse = config.model.renderer.n_pts_per_ray_coarse
+    if n_coarse < MIN_COARSE_SAMPLES:
+        raise ValueError(f"model.renderer.n_pts_per_ray_coarse={n_coarse}: must be at least {MIN_COARSE_SAMPLES}")
     if config.data.longest_side is not None and config.data.longest_side < 8:
         raise ValueError(f"data.longest_side={config.data.longest_side}: must be at least 8 pixels or null")
     if not 0 < config.data.val_share < 1:

@@ -15,7 +15,11 @@ TEMPORARY_PATTERN = "*.tmp*"
 
 @contextmanager
 def replaced_atomically(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes ``path`` when the block ends without an exception; otherwise ``path`` is untouched."""
+    """A temporary path that becomes ``path`` when the block ends without an exception; otherwise ``path`` is untouched.
+
+    Raises:
+        OSError: naming ``path`` where the system's own error names no file, as a full disk's does.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
@@ -28,6 +32,10 @@ def replaced_atomically(path: Path) -> Iterator[Path]:
             os.close(descriptor)
         os.replace(temporary, path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -14,7 +14,6 @@ from co3d_ensemble.functional.schedules import due
 from co3d_ensemble.plugin.model import ObjectModel
 from co3d_ensemble.training.validation import FrameValidation
 
-
 CAPACITY_STEPS = 200  # on CUDA, steps between two fits of the room for occupied samples
 FIRST_CAPACITY_STEP = 16  # enough batches to know how their counts vary
 

@@ -89,7 +89,7 @@ class RunDirectory:
         Raises:
             RunDirectoryBusy: another process holds it.
             RunExists: ``resume=never`` and there is a run.
-            ConfigMismatch: the existing run differs in a setting that can change the result.
+            ConfigMismatch: the existing run has checkpoints and differs in a setting that can change the result.
         """
         if resume not in RESUME_MODES:
             raise ValueError(f"resume={resume!r}: expected one of {', '.join(RESUME_MODES)}")
@@ -120,8 +120,10 @@ class RunDirectory:
             if budget is not None:
                 OmegaConf.update(stored, "training.max_steps", budget["max_steps"])  # killed between the two files
             differences = config_differences(stored, config)
-            if differences:
+            if differences and any(self.checkpoints.glob("*.pt")):
                 raise ConfigMismatch(self.path, differences)
+            if differences:  # it stopped before its first checkpoint: there is nothing to protect, and nothing to reuse
+                self._discard()
         write_text_atomic(self.config_path, OmegaConf.to_yaml(config))
 
     def _describe(self, device: torch.device | str) -> None:

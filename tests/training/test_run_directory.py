@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from co3d_ensemble.config import ExperimentConfig
-from co3d_ensemble.files import write_json_atomic, written_atomically
+from co3d_ensemble.files import write_bytes_atomic, write_json_atomic, written_atomically
 from co3d_ensemble.training.lock import FolderLock, RunDirectoryBusy
 from co3d_ensemble.training.run_directory import ConfigMismatch, RunDirectory, RunExists, flattened
 
@@ -79,8 +79,8 @@ def test_a_config_with_missing_values_is_refused(tmp_path):
 
 
 def test_another_config_is_refused_with_keys_and_both_values(tmp_path):
-    with open_run(tmp_path, lr=1e-3, loss_weights={"a": 1.0}):
-        pass
+    with open_run(tmp_path, lr=1e-3, loss_weights={"a": 1.0}) as run:
+        write_bytes_atomic(run.checkpoints / "last.pt", b"")
     before = (tmp_path / "config.yaml").read_text()
     with pytest.raises(ConfigMismatch) as raised, open_run(tmp_path, lr=2e-3, loss_weights={"b": 2.0}):
         pass
@@ -92,6 +92,13 @@ def test_another_config_is_refused_with_keys_and_both_values(tmp_path):
     for part in ("training.lr", "0.001", "0.002", "training.loss_weights.b", str(tmp_path)):
         assert part in str(raised.value)
     assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_a_run_that_never_reached_a_checkpoint_takes_another_config_and_starts_anew(tmp_path):
+    with open_run(tmp_path, budget_minutes=1.0, lr=1e-3) as run:
+        run.fix_max_steps(123, {})
+    with open_run(tmp_path, budget_minutes=1.0, lr=2e-3) as run:
+        assert run.config.training.lr == 2e-3 and run.budget is None
 
 
 def test_keys_that_cannot_change_the_result_may_differ(tmp_path):
@@ -138,6 +145,7 @@ def test_steps_fixed_by_a_budget_survive_resumes_whatever_the_command_says(tmp_p
         run.fix_max_steps(123, {"seconds_per_step": 0.1})
         assert run.config.training.max_steps == 123
         digest = run.config_digest
+        write_bytes_atomic(run.checkpoints / "last.pt", b"")
     with open_run(tmp_path, budget_minutes=2.0) as run:
         assert run.config.training.max_steps == 123 and run.config_digest == digest and run.budget["seconds_per_step"] == 0.1
     with pytest.raises(ConfigMismatch, match="max_steps: 123 in the run, 350000 now"), open_run(tmp_path):
