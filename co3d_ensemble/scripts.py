@@ -6,9 +6,14 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, FloatingPointError)
 _OMEGACONF_NOISE = ("full_key:", "reference_type=", "object_type=")
+WRONG_ARGUMENTS = 2
 INTERRUPTED = 130  # 128 + SIGINT, as the training loop has it
 
 
@@ -57,3 +62,23 @@ def reported(action: Callable[[], int]) -> int:
             raise
         print("interrupted: the same command goes on", file=sys.stderr)
         return INTERRUPTED
+
+
+def run_with_settings(arguments: list[str], schema: type, document: str, action: Callable[[Any], int]) -> int:
+    """A script whose arguments are ``key=value`` pairs of a dataclass; returns its exit code.
+
+    ``-h`` prints ``document``. An unknown key, a missing or a bad value (also one that the dataclass's ``__post_init__``
+    refuses with a ``ValueError``) is one line and exit 2; the rest is as in :func:`reported`.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(document)
+        return 0
+    configure_logging()
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_cli(arguments))
+        OmegaConf.to_container(merged, throw_on_missing=True)
+        settings = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, ValueError) as error:
+        print(f"error: {first_line(error)} (--help lists the settings)", file=sys.stderr)
+        return WRONG_ARGUMENTS
+    return reported(lambda: action(settings))

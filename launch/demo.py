@@ -14,13 +14,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from co3d_ensemble.challenge.scoring import format_table
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
 from co3d_ensemble.pipeline import compose_experiment, export_submission, train_sequence
-from co3d_ensemble.scripts import configure_logging, first_line, reported
+from co3d_ensemble.scripts import run_with_settings
 
 CATEGORY, SUBSET = "mug", "manyview_dev_0"
 
@@ -58,16 +55,7 @@ def demo(options: DemoConfig) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0
-    configure_logging()
-    try:
-        options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DemoConfig), OmegaConf.from_cli(arguments)))
-    except OmegaConfBaseException as error:
-        print(f"error: {first_line(error)}\n{__doc__}", file=sys.stderr)
-        return 2
-    return reported(lambda: demo(options))
+    return run_with_settings(arguments, DemoConfig, __doc__, demo)
 
 
 if __name__ == "__main__":

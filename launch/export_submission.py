@@ -17,15 +17,14 @@ Exit codes: 0 done, 1 an error that the message explains, 2 wrong arguments, 130
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 from co3d_ensemble.challenge.scoring import format_table
 from co3d_ensemble.challenge.targets import SEQUENCE_SETS
 from co3d_ensemble.pipeline import export_submission
-from co3d_ensemble.scripts import configure_logging, first_line, reported
+from co3d_ensemble.scripts import run_with_settings
 
 
 @dataclass
@@ -37,9 +36,13 @@ class ExportConfig:
     allow_missing: bool = False
     device: str = "auto"
 
+    def __post_init__(self) -> None:
+        if self.sequence_set not in (*SEQUENCE_SETS, MISSING):
+            raise ValueError(f"sequence_set={self.sequence_set!r}: expected one of {', '.join(SEQUENCE_SETS)}")
+
 
 def export(config: ExportConfig) -> int:
-    done = export_submission(**OmegaConf.to_container(config))
+    done = export_submission(**asdict(config))
     if done["results"] is not None:
         print(format_table(done["results"]))
     if done["missing"]:
@@ -49,19 +52,7 @@ def export(config: ExportConfig) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__)
-        return 0
-    configure_logging()
-    try:
-        config = OmegaConf.merge(OmegaConf.structured(ExportConfig), OmegaConf.from_cli(arguments))
-        OmegaConf.to_container(config, throw_on_missing=True)
-        if config.sequence_set not in SEQUENCE_SETS:
-            raise ValueError(f"sequence_set={config.sequence_set!r}: expected one of {', '.join(SEQUENCE_SETS)}")
-    except (OmegaConfBaseException, ValueError) as error:
-        print(f"error: {first_line(error)} (python launch/export_submission.py --help lists the settings)", file=sys.stderr)
-        return 2
-    return reported(lambda: export(config))
+    return run_with_settings(arguments, ExportConfig, __doc__, export)
 
 
 if __name__ == "__main__":
