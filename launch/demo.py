@@ -14,8 +14,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from co3d_ensemble.challenge.scoring import format_table
+import torch
+
+from co3d_ensemble.challenge.scoring import format_table, load_ground_truth
+from co3d_ensemble.data.co3d import CO3DIndex
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
+from co3d_ensemble.functional.metrics import psnr_masked
 from co3d_ensemble.pipeline import compose_experiment, export_submission, train_sequence
 from co3d_ensemble.scripts import run_with_settings
 
@@ -27,6 +31,15 @@ class DemoConfig:
     output: str = "demo_output"
     steps: int | None = None
     device: str = "auto"
+
+
+def mean_colour_psnr(root: Path) -> float:
+    """psnr_masked of the target frames' exact masks filled with the object's mean colour: what shape alone is worth."""
+    subset = CO3DIndex(root).subset(CATEGORY, SUBSET)
+    truths = [load_ground_truth(record) for record in subset.targets]
+    colour = torch.cat([truth.rgb[:, truth.mask[0] > 0.5] for truth in truths], dim=1).mean(dim=1)
+    scores = [psnr_masked((truth.mask > 0.5) * colour[:, None, None], truth.rgb, truth.mask) for truth in truths]
+    return float(torch.stack(scores).mean())
 
 
 def demo(options: DemoConfig) -> int:
@@ -47,6 +60,7 @@ def demo(options: DemoConfig) -> int:
     metrics = json.loads((run / "results.json").read_text())["metrics"]
     print(f"\n{format_table(exported['results'])}\n")
     print(f"target frames never seen in training: psnr_masked {metrics['psnr_masked']:.2f} dB, IoU {metrics['iou']:.3f}")
+    print(f"for comparison, their exact masks filled with the object's mean colour: psnr_masked {mean_colour_psnr(root):.2f} dB")
     print(f"submission: {exported['archive']}")
     print(f"all of the run: {run} (tensorboard --logdir {output})")
     print(f"pictures (photograph | target | render | depth | mask | error): {run / 'targets.png'}")
