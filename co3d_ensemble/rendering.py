@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from co3d_ensemble.files import written_atomically
-from co3d_ensemble.functional.types import PinholeCamera, RenderedView
+from co3d_ensemble.functional.types import RenderedView
 
 # what zipfile, zlib and NumPy raise on damaged archives, by where the damage is
 _DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, OSError, RuntimeError)
-
-
-class Renderable(Protocol):
-    def render_view(self, camera: PinholeCamera, chunk_rays: int) -> RenderedView: ...
 
 
 def resolve_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is one.
 
     Raises:
-        ValueError: CUDA was asked for and is not there.
+        ValueError: another kind of device, or a CUDA device that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name}: expected auto, cpu, cuda or cuda:N") from error
+    if name != "cpu" and not re.fullmatch(r"cuda(:[0-9]+)?", name):
+        raise ValueError(f"device={name}: expected auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={name}: this torch ({torch.__version__}) sees no CUDA device; use device=cpu or auto")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"device={name}: the last CUDA device here is cuda:{torch.cuda.device_count() - 1}")
     return device
-
-
-def render_views(model: Renderable, cameras: Sequence[PinholeCamera], *, chunk_rays: int) -> Iterator[RenderedView]:
-    """Views on the CPU, one at a time; memory is bounded by ``chunk_rays`` and one picture."""
-    for camera in cameras:
-        yield model.render_view(camera, chunk_rays).cpu()
 
 
 def write_view(path: Path, view: RenderedView) -> None:

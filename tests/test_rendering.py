@@ -122,3 +122,17 @@ def test_a_device_that_is_not_there_is_refused_by_name(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=f"device={name}: .*device=cpu or auto"):
         resolve_device(name)
+
+
+@pytest.mark.parametrize("name", ["mps", "meta", "cpu:0", "cuda:", "cuda:-1", "cuda:first", "CPU", ""])
+def test_only_the_cpu_and_cuda_devices_are_devices(name):
+    with pytest.raises(ValueError, match=f"device={name}: expected auto, cpu, cuda or cuda:N"):
+        resolve_device(name)
+
+
+def test_a_cuda_device_beyond_the_last_is_refused_with_the_last_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match="device=cuda:2: the last CUDA device here is cuda:1"):
+        resolve_device("cuda:2")
