@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
@@ -19,7 +20,8 @@ class Compaction:
     How many samples are occupied is known to the device only; asking for it makes the host wait. With a ``capacity`` the
     index has that many entries: unused ones point one past the last sample, and samples beyond it are left out, which
     counts as opacity 0 for this step. :meth:`adapt` sets the capacity from the counts seen since its last call, and is the
-    only call that waits.
+    only call that waits. Where torch has no kernel for an index of fixed size on the device (CUDA before about torch 2.7),
+    the capacity stays None: every step waits, with the same result.
 
     Attributes:
         capacity: entries of the index; None: as many as there are (the host waits; on the CPU there is nothing to wait for).
@@ -40,9 +42,20 @@ class Compaction:
 
     def adapt(self) -> None:
         """Fits the capacity to what was seen; says so when samples had to be left out."""
-        if self._peak is None:
+        if self._peak is None or not _has_static_nonzero(self._peak.device.type):
             return
         peak, self._peak = int(self._peak), None
         if self.capacity is not None and peak > self.capacity:
             logger.warning("a step had %d occupied samples and room for %d: the rest was left out of it", peak, self.capacity)
         self.capacity = max(1, -(-int(HEADROOM * peak) // GRANULARITY)) * GRANULARITY
+
+
+@functools.cache
+def _has_static_nonzero(device_type: str) -> bool:
+    """Tried once per kind of device, so that the passes of a model say it once."""
+    try:
+        torch.nonzero_static(torch.ones(1, dtype=torch.bool, device=device_type), size=1)
+    except NotImplementedError:
+        logger.info("torch %s has no nonzero_static on %s: every step waits for its count of samples", torch.__version__, device_type)
+        return False
+    return True

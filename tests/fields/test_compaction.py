@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 
+from co3d_ensemble.fields import compaction as module
 from co3d_ensemble.fields.compaction import GRANULARITY, Compaction
 
 
@@ -52,6 +53,23 @@ def test_nothing_seen_changes_nothing():
     compaction = Compaction()
     compaction.adapt()
     assert compaction.capacity is None
+
+
+def test_without_a_kernel_for_fixed_sizes_the_index_stays_exact_and_one_line_says_so(monkeypatch, caplog):
+    def missing(*args, **kwargs):
+        raise NotImplementedError("Could not run 'aten::nonzero_static'")
+
+    monkeypatch.setattr(torch, "nonzero_static", missing)
+    module._has_static_nonzero.cache_clear()
+    occupied, passes = grid(0.3), [Compaction(), Compaction()]
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            for compaction in passes:
+                assert torch.equal(compaction(occupied), occupied.reshape(-1).nonzero()[:, 0])
+                compaction.adapt()
+    module._has_static_nonzero.cache_clear()  # the next test has the kernel
+    assert [compaction.capacity for compaction in passes] == [None, None]
+    assert len(caplog.records) == 1 and "no nonzero_static on cpu" in caplog.text
 
 
 @pytest.mark.cuda
