@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from co3d_ensemble.functional.types import PinholeCamera, RenderedView
-from co3d_ensemble.rendering import read_view, render_views, resolve_device, write_view
+from co3d_ensemble.functional.types import RenderedView
+from co3d_ensemble.rendering import read_view, resolve_device, write_view
 
 
 def view(height=5, width=7, seed=0) -> RenderedView:
@@ -89,25 +89,6 @@ def test_any_wrong_byte_is_reported_or_harmless(tmp_path):
 def test_a_view_that_is_not_there_is_not_called_damaged(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_view(tmp_path / "missing.npz")
-
-
-class Model:
-    def __init__(self):
-        self.calls = []
-
-    def render_view(self, camera, chunk_rays):
-        self.calls.append((camera, chunk_rays))
-        return view(camera.height, camera.width)
-
-
-def test_views_are_rendered_one_at_a_time_when_they_are_asked_for_at_the_cameras_size():
-    cameras = [PinholeCamera(torch.eye(3), torch.zeros(3), torch.ones(2), torch.ones(2), h, w) for h, w in ((4, 6), (5, 3))]
-    model = Model()
-    views = render_views(model, cameras, chunk_rays=17)
-    assert model.calls == []
-    assert next(views).rgb.shape == (3, 4, 6)
-    assert model.calls == [(cameras[0], 17)]
-    assert next(views).rgb.shape == (3, 5, 3)
 
 
 def test_auto_is_cuda_where_there_is_one(monkeypatch):

@@ -24,6 +24,7 @@ from torch import Tensor
 from co3d_ensemble.data.synthetic_objects import OBJECTS
 from co3d_ensemble.data.synthetic_plan import SequencePlan, SyntheticConfig, plan_sequence, random_numbers
 from co3d_ensemble.data.synthetic_view import SyntheticView, render_view, render_views
+from co3d_ensemble.files import remove_temporaries
 from co3d_ensemble.functional.cameras import ndc_from_pinhole
 from co3d_ensemble.functional.types import PinholeCamera
 
@@ -104,6 +105,8 @@ def generate_dataset(
             raise ValueError(f"subsets[{category!r}]={names!r}: expected a list of subset names")
         for subset_name in names:
             _check_names(category, f"synthetic_{subset_name}", subset_name)
+    if Path(root).is_dir():
+        remove_temporaries(Path(root))  # of a killed process; there is one writer at a time
     for category, names in subsets.items():
         for subset_name in names:
             generate_sequence(root, category, f"synthetic_{subset_name}", subset_name, config)

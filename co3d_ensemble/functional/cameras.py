@@ -130,7 +130,7 @@ def intersect_box(origins: Tensor, directions: Tensor, box: Tensor) -> tuple[Ten
     Returns:
         near, far, shape (n,), with 0 <= near; near = far = 0 where the ray misses the box.
     """
-    # a component of exactly 0 gives +-inf slabs (and nan at a face); the tiny offset keeps its sign and stays finite
+    # a component of exactly 0 gives +-inf slabs (and nan at a face); a tiny positive one stays finite
     safe = torch.where(directions.abs() < 1e-12, torch.full_like(directions, 1e-12), directions)
     first = (box[0] - origins) / safe
     second = (box[1] - origins) / safe

@@ -27,21 +27,26 @@ def roi_rgb_loss(rgb: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (error * mask).sum() / mask.sum().clamp_min(1)
 
 
-def alpha_bce_loss(alpha: Tensor, mask: Tensor) -> Tensor:
+def alpha_bce_loss(alpha: Tensor, mask: Tensor, optical_depth: Tensor | None = None) -> Tensor:
     """``BCE(alpha(r), M(r))``, mean over all rays (same source, eq. 3-4).
+
+    With the rays' optical depth, ``log(1 - alpha) = -sum sigma delta`` exactly: a background ray has the gradient of its
+    optical depth however opaque it is (in float32 1 - alpha is 0 from an optical depth of 17 on, and a run that starts
+    opaque would never clear).
 
     alpha is clamped to [1e-6, 1 - 1e-6] inside each logarithm on the side where that logarithm diverges only:
     background rays keep their full gradient for any haze, however thin (d/d alpha = 1 / (1 - alpha) at alpha = 0; a
     two-sided clamp, as Implicitron's 0.01, would leave haze below it for ever), and foreground rays theirs up to
-    opacity 1. What is clamped away has no gradient: a foreground ray with alpha < 1e-6 (nothing there to raise) and a
-    background ray with alpha > 1 - 1e-6.
+    opacity 1. What is clamped away has no gradient: a foreground ray with alpha < 1e-6 (nothing there to raise) and,
+    without ``optical_depth``, a background ray with alpha > 1 - 1e-6.
 
     Args:
         alpha: opacity of the rays in [0, 1], shape (...).
         mask: targets in [0, 1], shape (...).
+        optical_depth: sum of sigma delta along the rays, >= 0, shape (...), or None.
     """
     inside = alpha.clamp_min(ALPHA_FLOOR).log()
-    outside = torch.log1p(-alpha.clamp_max(1 - ALPHA_FLOOR))
+    outside = torch.log1p(-alpha.clamp_max(1 - ALPHA_FLOOR)) if optical_depth is None else -optical_depth
     return -(mask * inside + (1 - mask) * outside).mean()
 
 

@@ -85,7 +85,7 @@ def importance_lengths(lengths: Tensor, weights: Tensor, n_samples: int, *, pert
         perturb: random (stratified in probability) instead of equally spaced quantiles.
 
     Returns:
-        Unsorted to the caller's taste but ascending lengths, shape (..., n_samples).
+        Ascending lengths, shape (..., n_samples).
     """
     with torch.no_grad():
         edges = 0.5 * (lengths[..., 1:] + lengths[..., :-1])

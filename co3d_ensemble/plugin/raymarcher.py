@@ -15,7 +15,8 @@ from co3d_ensemble.functional.volume_rendering import composite, expected_distan
 
 @registry.register
 class OpacityRaymarcher(RaymarcherBase, torch.nn.Module):
-    """Component: renders on black; the last interval is 0; in training ``aux["opacities"]`` holds alpha_i.
+    """Component: renders on black; the last interval is 0; in training ``aux`` holds ``opacities``, the alpha_i
+    (..., n_samples), and ``optical_depth``, the sums of sigma delta (...).
 
     Works in Implicitron's ``MultiPassEmissionAbsorptionRenderer`` too. Densities must not be negative: activation and
     noise belong to the implicit function, which knows the samples that were skipped.
@@ -52,11 +53,14 @@ class OpacityRaymarcher(RaymarcherBase, torch.nn.Module):
         if density_noise_std != 0:
             raise ValueError(f"density_noise_std={density_noise_std}: the noise is a setting of the implicit function")
         deltas = interval_lengths(ray_lengths) if ray_deltas is None else ray_deltas
-        weights, opacities, alpha = rendering_weights(rays_densities[..., 0], deltas)
+        densities = rays_densities[..., 0]
+        weights, opacities, alpha = rendering_weights(densities, deltas)
+        if self.training:
+            aux = {**aux, "opacities": opacities, "optical_depth": (densities * deltas).sum(dim=-1)}
         return RendererOutput(
             features=composite(weights, rays_features),
             depths=expected_distance(weights, ray_lengths)[..., None],
             masks=alpha[..., None],
             weights=weights,
-            aux={**aux, "opacities": opacities} if self.training else aux,
+            aux=aux,
         )

@@ -34,7 +34,7 @@ class RecipeViewMetrics(ViewMetricsBase):
     ) -> dict[str, Any]:
         """
         Args:
-            raymarched: features (..., 3), masks (..., 1); ``aux["opacities"]`` in training.
+            raymarched: features (..., 3), masks (..., 1); ``aux`` of ``OpacityRaymarcher`` in training.
             ray_bundle: ``xys`` (..., 2) in NDC, read when ``targets`` is None.
             image_rgb: (B, 3, H, W); fg_probability: (B, 1, H, W).
             targets: the rays' ground truth, in place of sampling it from the images.
@@ -50,7 +50,7 @@ class RecipeViewMetrics(ViewMetricsBase):
         rgb, mask = targets.rgb.reshape(*shape, 3), targets.mask.reshape(shape)
         losses = {
             f"{keys_prefix}roi_rgb": roi_rgb_loss(raymarched.features, rgb, mask),
-            f"{keys_prefix}alpha_bce": alpha_bce_loss(raymarched.masks[..., 0], mask),
+            f"{keys_prefix}alpha_bce": alpha_bce_loss(raymarched.masks[..., 0], mask, raymarched.aux.get("optical_depth")),
         }
         if "opacities" in raymarched.aux and "prev_stage" not in keys_prefix:
             losses[f"{keys_prefix}sample_entropy"] = sample_entropy_loss(raymarched.aux["opacities"])

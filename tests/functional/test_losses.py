@@ -119,3 +119,15 @@ def test_gradients_match_finite_differences_away_from_the_clamps():
     assert torch.autograd.gradcheck(lambda x: roi_rgb_loss(x, target, mask), (rgb,))
     assert torch.autograd.gradcheck(lambda x: alpha_bce_loss(x, mask), (alpha,))
     assert torch.autograd.gradcheck(sample_entropy_loss, (alpha,))
+
+
+def test_bce_of_optical_depth_equals_that_of_alpha_where_alpha_can_say_it():
+    depth = torch.tensor([0.0, 1e-4, 0.3, 2.0, 9.0], dtype=torch.float64)
+    alpha, mask = -torch.expm1(-depth), torch.tensor([0.0, 0, 1, 0, 1], dtype=torch.float64)
+    torch.testing.assert_close(alpha_bce_loss(alpha, mask, depth), alpha_bce_loss(alpha, mask))
+
+
+def test_an_opaque_background_ray_keeps_its_gradient_through_its_optical_depth():
+    depth = torch.tensor([40.0], requires_grad=True)
+    alpha_bce_loss(-torch.expm1(-depth), torch.zeros(1), depth).backward()
+    assert depth.grad.item() == pytest.approx(1.0)
