@@ -18,7 +18,7 @@ from torch import Tensor
 
 from co3d_ensemble.challenge.archive import check_archive, write_archive
 from co3d_ensemble.challenge.lpips import load_lpips, lpips_masked
-from co3d_ensemble.challenge.scoring import GroundTruthError, score_archive
+from co3d_ensemble.challenge.scoring import score_archive
 from co3d_ensemble.challenge.targets import Target, archive_name, targets_with_records
 from co3d_ensemble.config import ExperimentConfig, ModelConfig, validate
 from co3d_ensemble.data.audit import audit_subset, hold_out, usable_frames
@@ -332,9 +332,10 @@ def export_submission(
 
     Returns:
         ``{"archive": path, "missing": [...], "results": {...} or None}``; the results also go to ``results.json`` beside it.
+        Targets without usable ground truth are in the archive and have no scores, see ``score_archive``.
 
     Raises:
-        ValueError: a subset lacks its run (all are listed), the archive is not as it should be, or ground truth is broken.
+        ValueError: a subset lacks its run (all are listed), or the archive is not as it should be.
         RunDirectoryBusy: another process is exporting to the same folder.
     """
     if len(models) != 1:
@@ -373,10 +374,7 @@ def export_submission(
         check_archive(archive, records, allow_missing=allow_missing)
         results = None
         if sequence_set == "dev":
-            try:
-                results = score_archive(archive, present)
-            except GroundTruthError as error:
-                raise GroundTruthError(f"{archive} is written and whole, but cannot be scored: {error}") from error
+            results = score_archive(archive, present)
             write_json_atomic(scores, results)
     return {"archive": archive, "missing": missing, "results": results}
 

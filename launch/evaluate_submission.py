@@ -20,7 +20,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from co3d_ensemble.challenge.archive import ArchiveError, MissingTargets, check_archive
-from co3d_ensemble.challenge.scoring import format_table, score_archive
+from co3d_ensemble.challenge.scoring import GroundTruthError, format_table, score_archive
 from co3d_ensemble.challenge.targets import SEQUENCE_SETS, TASKS, targets_with_records
 from co3d_ensemble.data.co3d import CO3DIndex
 from co3d_ensemble.files import write_json_atomic
@@ -79,6 +79,9 @@ def evaluate(archive: Path, arguments: Arguments) -> None:
     print(format_table(result))
     if arguments.output is not None:
         write_json_atomic(Path(arguments.output), result)
+    counts = {key: sum(subset[key] for subset in result["subsets"].values()) for key in ("n_frames", "n_without_truth")}
+    if counts["n_without_truth"] and not counts["n_frames"]:
+        raise GroundTruthError(f"{arguments.dataset_root}: no frame with ground truth among the {counts['n_without_truth']} of the archive")
 
 
 def main(argv: list[str]) -> int:

@@ -256,9 +256,10 @@ def test_a_target_with_a_broken_mask_is_rendered_but_not_scored(own_root, tmp_pa
     truncate(broken.mask_path)
     assert train(own_root, tmp_path, training__max_steps=2) == 0
     assert set(scores_of(tmp_path)["frames"]) == {whole.name}
-    assert export(own_root, tmp_path) == 1
-    message = capsys.readouterr().err
-    assert "is written and whole, but cannot be scored" in message and str(broken.mask_path) in message
+    assert export(own_root, tmp_path) == 0
+    assert f"mug/{DEV}: not scored: {broken.mask_path}" in capsys.readouterr().out
+    exported = json.loads((tmp_path / "submission" / "results.json").read_text())["subsets"][f"mug/{DEV}"]
+    assert (exported["n_frames"], exported["n_missing"], exported["n_without_truth"]) == (1, 0, 1)
     archive = tmp_path / "submission" / "submission_manyview_dev.hdf5"
     assert evaluate(archive, own_root, "check_only=true") == 0  # both targets are in it
 
@@ -454,7 +455,7 @@ def test_a_test_set_is_exported_without_scores(own_output, root, capsys):
     assert "MEAN" not in capsys.readouterr().out
     assert evaluate(archive, root, "check_only=true") == 0
     assert evaluate(archive, root) == 5
-    assert "redacted" in capsys.readouterr().err
+    assert "redacted" in capsys.readouterr().out
 
 
 def test_a_perfect_model_scores_perfectly_so_cameras_depth_and_files_agree(tmp_path, monkeypatch):

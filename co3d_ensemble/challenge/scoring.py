@@ -1,7 +1,8 @@
 """Scores of a submission archive's own bytes against the ground truth of a data set, as the challenge computes them.
 
 The mean runs over the frames of a subset, then over the subsets. Where the official package scores a missing subset as a
-blank prediction, this stops with the list of missing frames.
+blank prediction, this stops with the list of missing frames. Where it stops at a broken picture, or scores a redacted one as
+if black were the truth, this leaves the frame out and says so.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from torch import Tensor
 
 from co3d_ensemble.challenge.archive import read_archive
 from co3d_ensemble.challenge.targets import Target
+from co3d_ensemble.data.audit import DECODE_ERRORS
 from co3d_ensemble.data.co3d import FrameRecord
 from co3d_ensemble.functional.metrics import METRIC_NAMES, challenge_metrics
 from co3d_ensemble.functional.types import RenderedView
 
 logger = logging.getLogger(__name__)
 
-NO_DEPTH, NO_FRAME = "no ground-truth depth", "no frame in the archive"
+NO_DEPTH, NO_FRAME, NO_TRUTH = "no ground-truth depth", "no frame in the archive", "no frame with ground truth"
+WITHOUT_TRUTH = "without_truth"  # the key of the reasons that holds a line per frame that could not be scored
+SHOWN_LINES = 5  # of them in the table, for a test set has hundreds
 
 FrameScores = dict[str, float | None]
 
@@ -91,7 +95,9 @@ def score_archive(
     apply_scale_adjustment: bool = False,
     workers: int = 1,
 ) -> dict[str, Any]:
-    """Scores every frame of an archive.
+    """Scores every frame of an archive that has ground truth.
+
+    A frame whose ground truth is missing, broken, of another size, or black (redacted) is left out with a warning.
 
     Args:
         records: ground truth per frame, from ``targets_with_records``.
@@ -100,42 +106,64 @@ def score_archive(
         workers: threads.
 
     Returns:
-        ``{"mean": {metric: value}, "subsets": {"<category>/<subset>": {metric: value, "n_frames": n, "n_missing": n}}}``;
-        a metric without value is None, and ``"reasons"`` beside it says why.
+        ``{"mean": {metric: value}, "subsets": {"<category>/<subset>": {metric: value, "n_frames": n, "n_missing": n,
+        "n_without_truth": n}}}``: frames scored, absent from the archive, and left out; a metric without value is None, and
+        ``"reasons"`` beside it says why. ``reasons["without_truth"]`` lists the frames left out, each with its file.
 
     Raises:
         MissingTargets, ArchiveError: as ``read_archive``.
-        GroundTruthError: as ``load_ground_truth``, or a redacted frame of a test set.
     """
     scores: dict[Target, FrameScores] = {}
+    without_truth: dict[Target, str] = {}
     pending: deque[tuple[Target, Future[FrameScores]]] = deque()
+
+    def collect(target: Target, future: Future[FrameScores]) -> None:
+        try:
+            scores[target] = future.result()
+        except GroundTruthError as error:
+            logger.warning("%s is not scored: %s", target.path("*"), error)
+            without_truth[target] = str(error)
+
     with ThreadPoolExecutor(workers) as pool:
         for target, view in read_archive(path, records, allow_missing=allow_missing):
             pending.append((target, pool.submit(_score_target, target, view, records[target], apply_scale_adjustment)))
             if len(pending) > 2 * workers:  # bounds the decoded views in memory
-                done, future = pending.popleft()
-                scores[done] = future.result()
-        scores.update((target, future.result()) for target, future in pending)
-    return aggregate(scores, list(records))
+                collect(*pending.popleft())
+        for target, future in pending:
+            collect(target, future)
+    return aggregate(scores, list(records), without_truth)
 
 
-def aggregate(scores: Mapping[Target, FrameScores], targets: Sequence[Target]) -> dict[str, Any]:
+def aggregate(
+    scores: Mapping[Target, FrameScores], targets: Sequence[Target], without_truth: Mapping[Target, str] | None = None
+) -> dict[str, Any]:
     """Means over frames, then over subsets, as ``score_archive`` returns them.
 
     Args:
         scores: of the frames that were scored.
         targets: all frames that should have been.
+        without_truth: why, of the frames that are in the archive but could not be scored.
     """
+    without_truth = without_truth or {}
     subsets: dict[str, dict[str, Any]] = {}
+    unscored: dict[str, None] = {}  # why subsets have no scores, in order
     for folder in dict.fromkeys(target.folder for target in targets):
         members = [target for target in targets if target.folder == folder]
         frames = [scores[target] for target in members if target in scores]
-        means = _mean_of(frames, "frames", NO_DEPTH if frames else NO_FRAME)
-        subsets[folder] = {**means, "n_frames": len(frames), "n_missing": len(members) - len(frames)}
+        left_out = [without_truth[target] for target in members if target in without_truth]
+        why_none = NO_TRUTH if left_out else NO_FRAME
+        subset = _mean_of(frames, "frames", NO_DEPTH if frames else why_none)
+        subset |= {"n_frames": len(frames), "n_missing": len(members) - len(frames) - len(left_out), "n_without_truth": len(left_out)}
+        if left_out:
+            subset["reasons"][WITHOUT_TRUTH] = left_out
+        if not frames:
+            unscored[why_none] = None
+        subsets[folder] = subset
     scored = [subset for subset in subsets.values() if subset["n_frames"]]
-    mean = _mean_of(scored, "subsets", NO_DEPTH if scored else NO_FRAME)
+    why_none = " or ".join(unscored)
+    mean = _mean_of(scored, "subsets", NO_DEPTH if scored else why_none)
     if len(scored) < len(subsets):
-        mean["reasons"]["missing"] = f"mean over {len(scored)} of {len(subsets)} subsets, the others have {NO_FRAME}"
+        mean["reasons"]["missing"] = f"mean over {len(scored)} of {len(subsets)} subsets, the others have {why_none}"
     return {"mean": mean, "subsets": subsets}
 
 
@@ -146,10 +174,14 @@ def format_table(result: Mapping[str, Any]) -> str:
     for name, scores in [*result["subsets"].items(), ("MEAN", result["mean"])]:
         frames = ""
         if "n_frames" in scores:
-            total = scores["n_frames"] + scores["n_missing"]
-            frames = str(total) if not scores["n_missing"] else f"{scores['n_frames']}/{total}"
+            total = scores["n_frames"] + scores["n_missing"] + scores["n_without_truth"]
+            frames = str(total) if scores["n_frames"] == total else f"{scores['n_frames']}/{total}"
         rows.append([name, frames, *("-" if scores[metric] is None else f"{scores[metric]:.4f}" for metric in METRIC_NAMES)])
-        notes += [f"{name}: {metric}: {reason}" for metric, reason in scores["reasons"].items()]
+        notes += [f"{name}: {metric}: {reason}" for metric, reason in scores["reasons"].items() if metric != WITHOUT_TRUTH]
+        left_out = scores["reasons"].get(WITHOUT_TRUTH, [])
+        notes += [f"{name}: not scored: {reason}" for reason in left_out[:SHOWN_LINES]]
+        if len(left_out) > SHOWN_LINES:
+            notes.append(f"{name}: not scored: and {len(left_out) - SHOWN_LINES} more")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
@@ -160,9 +192,7 @@ def _score_target(target: Target, view: RenderedView, record: FrameRecord, apply
     if tuple(truth.rgb.shape[1:]) != target.size:
         raise GroundTruthError(f"{record.image_path}: has {tuple(truth.rgb.shape[1:])} pixels (H, W), its annotation says {target.size}")
     if not truth.rgb.any():
-        if "test" in target.subset_name.split("_"):
-            raise GroundTruthError(f"{record.image_path}: black, as targets of test sets are redacted: nothing to score against")
-        logger.warning("%s is black, yet a target of %s: scored as the challenge does", record.image_path, target.folder)
+        raise GroundTruthError(f"{record.image_path}: black, as redacted targets are: nothing to score against")
     return score_view(view, truth)
 
 
@@ -184,7 +214,7 @@ def _read(path: Path, mode: str | None, size: tuple[int, ...] | None = None) -> 
     try:
         with Image.open(path) as picture:
             pixels = np.array(picture.convert(mode) if mode else picture)
-    except (OSError, SyntaxError, ValueError) as error:
+    except DECODE_ERRORS as error:
         raise GroundTruthError(f"{path}: cannot be read: {error}") from error
     if size is not None and pixels.shape != tuple(size):
         raise GroundTruthError(f"{path}: expected {tuple(size)} pixels (H, W) as the photograph has, got {pixels.shape}")

@@ -30,7 +30,7 @@ MASK_HALF = 128  # a mask is foreground above 0.5, and 8-bit masks hold probabil
 SHOWN_FINDINGS = 5
 DEPTH_MODES = ("I;16", "I;16B", "I")  # 16-bit PNG as the versions of PIL name it
 # what PIL raises on damaged files, beside OSError: bad chunks (SyntaxError), short headers (struct.error), odd values
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
 class Problem(StrEnum):
@@ -289,7 +289,7 @@ class _FrameCheck:
             return None
         try:
             return _read_picture(path, self.decode)
-        except _DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:
             self.add(Problem.UNREADABLE, path, f"{kind} is unreadable or truncated: {error}", spoils)
             return None
 

@@ -191,8 +191,75 @@ def test_a_redacted_test_frame_is_not_scored(tmp_path, root):
     assert score_archive(tmp_path / "a.hdf5", records)["mean"]["iou"] > 0  # unredacted
     path = next(iter(records.values())).image_path
     Image.new("RGB", SIZE[::-1]).save(path)
-    with pytest.raises(GroundTruthError, match="frame000000.jpg: black, .* redacted"):
-        score_archive(tmp_path / "a.hdf5", records)
+    subset = score_archive(tmp_path / "a.hdf5", records)["subsets"]["cape/manyview_test_0"]
+    assert (subset["n_frames"], subset["n_missing"], subset["n_without_truth"]) == (0, 0, 1) and subset["iou"] is None
+    assert "frame000000.jpg: black" in subset["reasons"]["without_truth"][0]
+
+
+def broken(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def blackened(path):
+    Image.new("RGB", SIZE[::-1]).save(path)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize(
+    ("plane", "damage", "why"),
+    [
+        ("image_path", blackened, "black"),
+        ("image_path", broken, "cannot be read"),
+        ("mask_path", broken, "cannot be read"),
+        ("mask_path", Path.unlink, "cannot be read"),
+        ("depth_path", broken, "cannot be read"),
+    ],
+)
+def test_a_frame_without_usable_ground_truth_is_left_out_and_named(archive, records, caplog, plane, damage, why, workers):
+    whole = score_archive(archive, records)
+    first, second, _, alone = records
+    damage(getattr(records[first], plane))
+    result = score_archive(archive, records, workers=workers)
+    subset = result["subsets"]["cape/manyview_dev_0"]
+    assert (subset["n_frames"], subset["n_missing"], subset["n_without_truth"]) == (1, 0, 1)
+    (reason,) = subset["reasons"]["without_truth"]
+    assert str(getattr(records[first], plane)) in reason and why in reason
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [f"{first.path('*')} is not scored: {reason}"]
+    view = next(view for target, view in read_archive(archive, records) if target == second)
+    expected = score_view(view, load_ground_truth(records[second]))
+    assert {metric: subset[metric] for metric in METRIC_NAMES} == pytest.approx(expected, rel=1e-12)
+    assert result["subsets"]["cape/manyview_dev_1"] == whole["subsets"]["cape/manyview_dev_1"]
+    assert set(result["mean"]["reasons"]) == set()
+
+    damage(getattr(records[alone], plane))
+    result = score_archive(archive, records, workers=workers)
+    subset = result["subsets"]["toaster/manyview_dev_0"]
+    assert {subset[metric] for metric in METRIC_NAMES} == {None} and subset["reasons"]["iou"] == "no frame with ground truth"
+    cape = [result["subsets"][f"cape/manyview_dev_{i}"]["psnr_fg"] for i in range(2)]
+    assert result["mean"]["psnr_fg"] == pytest.approx(sum(cape) / 2)
+    assert result["mean"]["reasons"] == {"missing": "mean over 2 of 3 subsets, the others have no frame with ground truth"}
+    table = format_table(result)
+    assert f"toaster/manyview_dev_0: not scored: {subset['reasons']['without_truth'][0]}" in table and "1/2" in table
+    json.dumps(result, allow_nan=False)
+
+
+def test_frames_that_are_missing_and_frames_without_ground_truth_are_told_apart(tmp_path, records):
+    first, second, *_ = records
+    path = tmp_path / "part.hdf5"
+    write_archive(path, [(first, prediction(0))])
+    blackened(records[first].image_path)
+    blackened(records[second].image_path)
+    result = score_archive(path, records, allow_missing=True)
+    subset = result["subsets"]["cape/manyview_dev_0"]
+    assert (subset["n_frames"], subset["n_missing"], subset["n_without_truth"]) == (0, 1, 1)
+    assert result["mean"]["iou"] is None
+    assert result["mean"]["reasons"]["iou"] == "no frame with ground truth or no frame in the archive"
+
+
+def test_the_table_shortens_a_long_list_of_frames_without_ground_truth():
+    targets = [Target("cape", "manyview_test_0", "s", i, 1, 1) for i in range(9)]
+    table = format_table(aggregate({}, targets, {target: f"frame {target.frame_number}: black" for target in targets}))
+    assert "not scored: frame 4: black" in table and "frame 5" not in table and "not scored: and 4 more" in table
 
 
 def test_a_grey_photograph_has_three_equal_channels(records):
@@ -295,6 +362,13 @@ def test_the_scripts_exit_code_tells_broken_archive_missing_frames_and_data_set_
     assert run_script(broken, here, "allow_missing=true") == 0
     assert "missing: cape/manyview_dev_0/cape_10_2_3_0_*.png" in capsys.readouterr().out
     assert run_script(archive, f"dataset_root={tmp_path}/nowhere") == 5
-    next(iter(records.values())).mask_path.unlink()
-    assert run_script(archive, here) == 5
+    first, *others = records.values()
+    first.mask_path.unlink()
+    assert run_script(archive, here) == 0
+    assert f"not scored: {first.mask_path}" in capsys.readouterr().out
+    for record in others:
+        record.mask_path.unlink()
+    assert run_script(archive, here, f"output={tmp_path / 'null.json'}") == 5
+    assert "no frame with ground truth" in capsys.readouterr().err
+    assert json.loads((tmp_path / "null.json").read_text())["mean"]["iou"] is None
     assert run_script(archive, here, "check_only=true") == 0
