@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ MAX_PROBE_SECONDS = 20.0
 def fit_budget(make_task: Callable[[Any], Task], run: RunDirectory, device: torch.device | str) -> DictConfig:
     """Fixes ``max_steps`` of a new run from its budget; does nothing where there is none or it is fixed already.
 
-    The steps run on a task of their own, freshly initialised, with every update they would have in training; it is
-    dropped afterwards, so the run itself starts from its seed as if nothing had happened. The result goes to
-    ``config.yaml`` and ``budget.json``, from where every resume takes it. What the probe took counts against the budget,
-    validations (one measured) as often as ``validate_every`` says do as well. Speed is that of a run's beginning: a model
-    that learns to skip empty space ends early, one that grows its grid ends late.
+    The steps run on a task of their own, freshly initialised; it is dropped afterwards, so the run itself starts from its
+    seed as if nothing had happened. The result goes to ``config.yaml`` and ``budget.json``, from where every resume takes
+    it. What the probe took counts against the budget, and so do validations (one measured) as often as ``validate_every``
+    says and structure changes (one measured, where the task has ``structure_seconds``) as often as the task says: they are
+    due at shares of ``max_steps``, so the few timed steps hold none. Speed is that of a run's beginning: a model that learns
+    to skip empty space ends early, one that grows its grid ends late. Checkpoints are not counted.
 
     Args:
         make_task: builds the task from the training settings; called with torch's generators seeded for initialisation.
@@ -49,23 +51,41 @@ def fit_budget(make_task: Callable[[Any], Task], run: RunDirectory, device: torc
         return config
     seconds = 60.0 * config.budget_minutes
     start = time.perf_counter()
-    step_seconds, validation_seconds = _probe(make_task, config, torch.device(device), min(MAX_PROBE_SECONDS, PROBE_SHARE * seconds))
+    probe = _probe(make_task, config, torch.device(device), min(MAX_PROBE_SECONDS, PROBE_SHARE * seconds))
     n_validations = math.ceil(1.0 / config.validate_every)
-    left = seconds - (time.perf_counter() - start) - n_validations * validation_seconds
-    max_steps = int(left / step_seconds)
+    left = seconds - (time.perf_counter() - start) - n_validations * probe.validation_seconds
+    max_steps = int((left - probe.n_changes * probe.change_seconds) / probe.step_seconds)
+    if max_steps < probe.n_changes:  # fewer steps than changes: each step makes at most one
+        max_steps = int(left / (probe.step_seconds + probe.change_seconds))
     if max_steps < 1:
         raise ValueError(
             f"training.budget_minutes={config.budget_minutes} does not allow one step: {n_validations} validations of "
-            f"{validation_seconds:.2f} s, steps of {step_seconds:.3f} s"
+            f"{probe.validation_seconds:.2f} s, {probe.n_changes} structure changes of {probe.change_seconds:.2f} s, steps of "
+            f"{probe.step_seconds:.3f} s"
         )
-    probe = {"budget_minutes": config.budget_minutes, "seconds_per_step": step_seconds, "seconds_per_validation": validation_seconds}
-    logger.info("a budget of %g minutes allows %d steps: %s", config.budget_minutes, max_steps, probe)
-    run.fix_max_steps(max_steps, probe)
+    found = {
+        "budget_minutes": config.budget_minutes,
+        "seconds_per_step": probe.step_seconds,
+        "seconds_per_validation": probe.validation_seconds,
+        "structure_changes": probe.n_changes,
+        "seconds_per_structure_change": probe.change_seconds,
+    }
+    logger.info("a budget of %g minutes allows %d steps: %s", config.budget_minutes, max_steps, found)
+    run.fix_max_steps(max_steps, found)
     return run.config.training
 
 
-def _probe(make_task: Callable[[Any], Task], config: DictConfig, device: torch.device, seconds: float) -> tuple[float, float]:
-    """Seconds of a step and of a validation."""
+@dataclass(frozen=True)
+class _Probe:
+    """Seconds of a step, a validation and a structure change, and how many changes a run makes."""
+
+    step_seconds: float
+    validation_seconds: float
+    n_changes: int
+    change_seconds: float
+
+
+def _probe(make_task: Callable[[Any], Task], config: DictConfig, device: torch.device, seconds: float) -> _Probe:
     seed_default_generators(config.seed, INITIALISATION)
     task = make_task(config)
     task.model.train()
@@ -84,4 +104,7 @@ def _probe(make_task: Callable[[Any], Task], config: DictConfig, device: torch.d
     task.model.eval()
     with torch.no_grad():
         task.validate()
-    return step_seconds, time.perf_counter() - start
+    validation_seconds = time.perf_counter() - start
+    measure = getattr(task, "structure_seconds", None)  # last: it may change the model
+    n_changes, change_seconds = (0, 0.0) if measure is None else measure()
+    return _Probe(step_seconds, validation_seconds, n_changes, change_seconds)

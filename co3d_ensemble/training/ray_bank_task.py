@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -68,12 +70,30 @@ class RayBankTask:
 
         On CUDA it also fits the room for occupied samples, so that the steps between do not wait for the device.
         """
-        grid, schedule, max_steps = self.model.occupancy, self._occupancy, self._training.max_steps
-        if grid is not None and step >= schedule.refine_from * max_steps and due(step, schedule.refine_every, max_steps):
-            grid.refine(self.model.density)
+        if self._refines_at(step):
+            self.model.occupancy.refine(self.model.density)
         if self.model.box.is_cuda and step % CAPACITY_STEPS == FIRST_CAPACITY_STEP:
             self.model.adapt_capacity()
         return False
+
+    def structure_seconds(self) -> tuple[int, float]:
+        """How often a run refines the grid (a share of ``max_steps``, whatever that is) and what one refinement takes."""
+        grid, schedule = self.model.occupancy, self._occupancy
+        if grid is None:
+            return 0, 0.0
+        first = max(1, math.ceil(schedule.refine_from / schedule.refine_every))
+        count = max(0, math.ceil(1 / schedule.refine_every) - first)  # due at first, first + 1, ... intervals, before the end
+        if count == 0:
+            return 0, 0.0
+        start = time.perf_counter()
+        grid.refine(self.model.density)  # ends by asking the device whether anything is left, so it is over by then
+        return count, time.perf_counter() - start
+
+    def _refines_at(self, step: int) -> bool:
+        schedule, max_steps = self._occupancy, self._training.max_steps
+        if self.model.occupancy is None or step < schedule.refine_from * max_steps:
+            return False
+        return due(step, schedule.refine_every, max_steps)
 
 
 def evenly_spread(items: list[Any], at_most: int) -> list[Any]:

@@ -14,6 +14,13 @@ class Task(Protocol):
     Randomness: before ``batch(step)`` the loop seeds torch's default generators from (seed, step); a task draws from
     them and keeps no generator of its own, so that a resumed run sees the same numbers.
 
+    Optional, looked up by name:
+        structure_seconds() -> (count, seconds): how many structure changes a whole run of the task's settings makes and what
+            one takes, measured by making one. A time budget calls it on a task that is thrown away, so it may leave the
+            model changed. Without it, changes count as free.
+        remap_moments, loss_weights: see :class:`~co3d_ensemble.training.stepper.Stepper`.
+        rays_per_step: for rays per second.
+
     Attributes:
         model: trained module. Its ``state_dict`` must hold everything that rendering needs (occupancy included).
     """

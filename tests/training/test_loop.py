@@ -239,6 +239,29 @@ def test_a_budget_sets_the_steps_once_and_resumes_keep_them(tmp_path):
     assert again.steps == result.steps
 
 
+def test_a_budget_leaves_room_for_the_structure_changes_that_the_probe_did_not_meet(tmp_path):
+    class Refining(ToyTask):
+        def structure_seconds(self):
+            return 8, 0.06
+
+    free, _ = run_toy(tmp_path / "free", make_task=lambda config: ToyTask(config, sleep=0.004), budget_minutes=0.02)
+    paid, _ = run_toy(tmp_path / "paid", make_task=lambda config: Refining(config, sleep=0.004), budget_minutes=0.02)
+    budget = json.loads((tmp_path / "paid" / "budget.json").read_text())
+    assert (budget["structure_changes"], budget["seconds_per_structure_change"]) == (8, 0.06)
+    assert 8 < paid.steps < free.steps
+    planned = budget["max_steps"] * budget["seconds_per_step"] + 4 * budget["seconds_per_validation"] + 8 * 0.06
+    assert 0.8 * 1.2 < planned < 1.2  # seconds; the probe took the rest
+
+
+def test_a_budget_with_fewer_steps_than_structure_changes_pays_one_change_a_step(tmp_path):
+    class Refining(ToyTask):
+        def structure_seconds(self):
+            return 1000, 0.05
+
+    result, _ = run_toy(tmp_path, make_task=lambda config: Refining(config, sleep=0.004), budget_minutes=0.02)
+    assert 5 < result.steps < 1.2 / 0.054
+
+
 def test_the_probe_leaves_no_trace_in_the_weights(tmp_path):
     make = lambda config: ToyTask(config, sleep=0.002)
     result, probed = run_toy(tmp_path / "a", make_task=make, budget_minutes=0.005)

@@ -1,5 +1,7 @@
 """The recipe's task: rays in, named losses out, validation on frames, the grid refined when it is due."""
 
+import time
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from co3d_ensemble.data.ray_bank import RayBank
 from co3d_ensemble.functional.cameras import angle_between, so3_exp
 from co3d_ensemble.functional.types import Frame, PinholeCamera
 from co3d_ensemble.plugin.model import build_nerf
-from co3d_ensemble.training.ray_bank_task import RayBankTask, evenly_spread
+from co3d_ensemble.training.ray_bank_task import FIRST_CAPACITY_STEP, RayBankTask, evenly_spread
+from co3d_ensemble.training.stepper import Stepper
 from co3d_ensemble.training.validation import FrameValidation
 
 BOX = torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]])
@@ -36,7 +39,7 @@ def frame(number: int, size=(12, 16)) -> Frame:
 
 
 def task(
-    *, jitter="off", shift_std=0.02, hull=None, max_steps=100, n_rays=64, occupancy=True, frames=None, **occupancy_settings
+    *, jitter="off", shift_std=0.02, hull=None, max_steps=100, n_rays=64, occupancy=True, frames=None, device="cpu", **occupancy_settings
 ) -> RayBankTask:
     torch.manual_seed(0)
     schedule = OccupancyConfig(enabled=occupancy, resolution=8, **occupancy_settings)
@@ -48,8 +51,8 @@ def task(
         camera_jitter=camera_jitter,
     )
     return RayBankTask(
-        build_nerf(config, box=BOX, hull=hull, near_far=None),
-        RayBank(frames or [frame(i) for i in range(5)]),
+        build_nerf(config, box=BOX, hull=hull, near_far=None).to(device),
+        RayBank(frames or [frame(i) for i in range(5)], device),
         FrameValidation([frame(9)]),
         training=TrainingConfig(max_steps=max_steps, n_rays=n_rays, lr=3e-3),
         occupancy=schedule,
@@ -134,6 +137,20 @@ def test_the_grid_is_refined_from_its_first_due_step_on_and_at_the_asked_interva
         refined.clear()
 
 
+@pytest.mark.parametrize(("refine_from", "refine_every"), [(0.3, 0.1), (0.05, 0.01), (0.0, 0.05), (0.95, 0.5), (0.0, 1.0)])
+def test_the_announced_refinements_are_those_of_a_run_and_one_is_made_to_time_it(refine_from, refine_every):
+    t = task(refine_from=refine_from, refine_every=refine_every, max_steps=1000)
+    refined = []
+    t.model.occupancy.refine = lambda density: refined.append(time.sleep(0.01))
+    count, seconds = t.structure_seconds()
+    assert len(refined) == (count > 0) and (seconds >= 0.01) == (count > 0)
+    refined.clear()
+    for step in range(1000):
+        t.structure(step)
+    assert len(refined) == count
+    assert task(occupancy=False).structure_seconds() == (0, 0.0)
+
+
 def test_refinement_looks_at_the_models_density():
     t = task(refine_from=0.0, refine_every=0.05)
     assert t.model.occupancy.occupied.all()
@@ -181,3 +198,24 @@ def test_items_are_spread_evenly_in_order_from_first_to_last():
     assert evenly_spread(list(range(101)), 5) == [0, 25, 50, 75, 100]
     assert evenly_spread(list(range(10)), 1) == [0]
     assert evenly_spread([], 3) == []
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("jitter", ["off", "extrinsics"])
+def test_a_step_with_room_for_its_samples_never_waits_for_the_device(jitter):
+    t = task(jitter=jitter, device="cuda", refine_from=1.0)  # a refinement may wait, so none is due
+    try:
+        torch.nonzero_static(torch.ones(1, dtype=torch.bool, device="cuda"), size=1)
+    except NotImplementedError:
+        pytest.skip(f"torch {torch.__version__} has no nonzero_static on CUDA: its steps wait")
+    stepper = Stepper(t, TrainingConfig(max_steps=100, n_rays=64, lr=3e-3), deferred=True)
+    t.model.train()
+    for step in range(FIRST_CAPACITY_STEP + 3):  # the capacity is fitted, and every kernel has run once with it
+        stepper.run(step)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(FIRST_CAPACITY_STEP + 3, FIRST_CAPACITY_STEP + 10):
+            stepper.run(step)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stepper.check()
