@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Iterator
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 
 def setting(default: Any, help: str) -> Any:
@@ -200,7 +200,6 @@ _POSITIVE = (
     "training.max_steps",
     "training.n_rays",
     "training.lr",
-    "training.validate_every",
     "training.log_every",
     "rendering.chunk_rays",
     "model.occupancy.resolution",
@@ -208,6 +207,32 @@ _POSITIVE = (
     "model.nerf.n_hidden",
     "data.min_known_frames",
 )
+
+# allowed interval as people write it; where the type allows null, null is allowed as well
+_RANGES = {
+    "data.val_share": "(0, 1)",
+    "data.longest_side": "[8, inf)",
+    "data.max_val_frames": "[1, inf)",
+    "data.bounds.hull_tolerance": "[0, 1)",
+    "data.bounds.hull_margin": "[0, inf)",
+    "model.occupancy.refine_from": "[0, 1]",
+    "model.occupancy.refine_every": "(0, 1]",
+    "model.occupancy.decay": "[0, 1)",
+    "model.occupancy.opacity_threshold": "(0, 1)",
+    "model.renderer.n_pts_per_ray_coarse": f"[{MIN_COARSE_SAMPLES}, inf)",
+    "model.renderer.n_pts_per_ray_fine": "[1, inf)",
+    "model.renderer.occupied_floor": "(0, inf)",
+    "model.implicitron.frames_per_step": "[1, inf)",
+    "training.budget_minutes": "(0, inf)",
+    "training.lr_final": "[0, 1]",
+    "training.warmup": "[0, 1)",
+    "training.ramp": "[0, 1]",
+    "training.clip_grad_norm": "(0, inf)",
+    "training.ema_horizon": "(0, inf)",
+    "training.validate_every": "(0, 1]",
+    "training.early_stopping_patience": "[1, inf)",
+    "training.checkpoint_every_seconds": "[0, inf)",
+}
 
 
 def validate(config: Any) -> None:
@@ -239,13 +264,32 @@ def validate(config: Any) -> None:
         numbers = [value for value in pair if isinstance(value, (int, float))] if isinstance(pair, Sequence) else []
         if len(numbers) != 2 or len(pair) != 2 or not 0 < numbers[0] < numbers[1]:
             raise ValueError(f"{name}={pair}: expected two distances with 0 < near < far")
-    n_coarse = config.model.renderer.n_pts_per_ray_coarse
-    if n_coarse < MIN_COARSE_SAMPLES:
-        raise ValueError(f"model.renderer.n_pts_per_ray_coarse={n_coarse}: must be at least {MIN_COARSE_SAMPLES}")
-    if config.data.longest_side is not None and config.data.longest_side < 8:
-        raise ValueError(f"data.longest_side={config.data.longest_side}: must be at least 8 pixels or null")
-    if not 0 < config.data.val_share < 1:
-        raise ValueError(f"data.val_share={config.data.val_share}: must lie in (0, 1)")
+    for key, interval in _RANGES.items():
+        value = get(key)
+        if value is not None and not _lies_in(value, interval):
+            raise ValueError(f"{key}={value}: must lie in {interval}")
+    _check_networks(config.model)
+
+
+def _lies_in(value: float, interval: str) -> bool:
+    """Whether ``value`` lies in an interval written like ``(0, 1]``; nan lies in none."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def _check_networks(model: Any) -> None:
+    """The skip layers of both networks, and that the overrides of the coarse one are settings of a network."""
+    known = {entry.name for entry in fields(NeRFConfig)}
+    overrides = model.coarse_overrides
+    unknown = sorted(set(overrides) - known)
+    if unknown:
+        raise ValueError(f"model.coarse_overrides has no {', '.join(unknown)}: expected keys among {', '.join(sorted(known))}")
+    coarse = OmegaConf.merge(OmegaConf.structured(NeRFConfig), model.nerf, overrides)  # a wrong type is an error here
+    for name, network in (("model.nerf", model.nerf), ("model.coarse_overrides over model.nerf", coarse)):
+        skip_layers = list(network.skip_layers)
+        if not all(1 <= layer < network.n_layers for layer in skip_layers):
+            raise ValueError(f"{name}: skip_layers={skip_layers}: must be trunk layers from 1 to n_layers - 1 = {network.n_layers - 1}")
 
 
 def settings_with_help(config_class: type = ExperimentConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -82,12 +82,62 @@ def test_the_dataset_has_no_default():
         ("model.renderer.n_pts_per_ray_coarse=2", "model.renderer.n_pts_per_ray_coarse=2"),
         ("data.longest_side=4", "data.longest_side=4"),
         ("data.val_share=1.0", "data.val_share=1.0"),
+        ("data.max_val_frames=0", "data.max_val_frames=0: must lie in [1, inf)"),
+        ("data.bounds.hull_tolerance=1.0", "data.bounds.hull_tolerance=1.0: must lie in [0, 1)"),
+        ("data.bounds.hull_tolerance=-0.1", "data.bounds.hull_tolerance=-0.1"),
+        ("data.bounds.hull_margin=-0.1", "data.bounds.hull_margin=-0.1: must lie in [0, inf)"),
+        ("model.occupancy.refine_from=1.5", "model.occupancy.refine_from=1.5: must lie in [0, 1]"),
+        ("model.occupancy.refine_every=0.0", "model.occupancy.refine_every=0.0: must lie in (0, 1]"),
+        ("model.occupancy.decay=1.0", "model.occupancy.decay=1.0: must lie in [0, 1)"),
+        ("model.occupancy.opacity_threshold=0.0", "model.occupancy.opacity_threshold=0.0: must lie in (0, 1)"),
+        ("model.occupancy.opacity_threshold=1.0", "model.occupancy.opacity_threshold=1.0"),
+        ("model.renderer.n_pts_per_ray_fine=0", "model.renderer.n_pts_per_ray_fine=0: must lie in [1, inf)"),
+        ("model.renderer.occupied_floor=0.0", "model.renderer.occupied_floor=0.0: must lie in (0, inf)"),
+        ("model.implicitron.frames_per_step=0", "model.implicitron.frames_per_step=0"),
+        ("model.nerf.skip_layers=[8]", "model.nerf: skip_layers=[8]: must be trunk layers from 1 to n_layers - 1 = 7"),
+        ("model.nerf.skip_layers=[0,5]", "model.nerf: skip_layers=[0, 5]"),
+        ("model.coarse_overrides.n_layers=4", "model.coarse_overrides over model.nerf: skip_layers=[5]: must be trunk layers from 1"),
+        ("model.coarse_overrides.n_hiden=4", "model.coarse_overrides has no n_hiden: expected keys among"),
+        ("model.coarse_overrides.n_layers=few", "n_layers"),
+        ("training.budget_minutes=0", "training.budget_minutes=0.0: must lie in (0, inf)"),
+        ("training.lr_final=1.5", "training.lr_final=1.5: must lie in [0, 1]"),
+        ("training.warmup=1.0", "training.warmup=1.0: must lie in [0, 1)"),
+        ("training.ramp=-0.5", "training.ramp=-0.5: must lie in [0, 1]"),
+        ("training.ramp=nan", "training.ramp=nan"),
+        ("training.clip_grad_norm=0", "training.clip_grad_norm=0.0: must lie in (0, inf)"),
+        ("training.ema_horizon=0", "training.ema_horizon=0.0: must lie in (0, inf)"),
+        ("training.validate_every=2", "training.validate_every=2.0: must lie in (0, 1]"),
+        ("training.early_stopping_patience=0", "training.early_stopping_patience=0: must lie in [1, inf)"),
+        ("training.checkpoint_every_seconds=-1", "training.checkpoint_every_seconds=-1.0: must lie in [0, inf)"),
     ],
 )
 def test_a_bad_value_is_an_error_that_names_its_key(override, named):
     with pytest.raises(ValueError) as caught:
         validate(experiment(override))
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.occupancy.refine_from=1",
+        "model.occupancy.refine_every=1",
+        "model.occupancy.decay=0",
+        "data.bounds.hull_tolerance=0",
+        "data.bounds.hull_margin=0",
+        "training.warmup=0",
+        "training.ramp=0",
+        "training.validate_every=1",
+        "training.budget_minutes=null",
+        "training.clip_grad_norm=null",
+        "training.early_stopping_patience=null",
+        "training.checkpoint_every_seconds=0",
+        "model.nerf.skip_layers=[1,7]",
+        "model.nerf.skip_layers=[]",
+    ],
+)
+def test_the_ends_of_a_range_and_null_are_allowed_where_they_mean_something(override):
+    validate(experiment(override))
 
 
 @pytest.mark.parametrize("key", FREE_KEYS)
