@@ -23,7 +23,7 @@ from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.records import read_metrics
 from launch import evaluate_submission, export_submission, train_sequence
 from tests.conftest import REPOSITORY
-from tests.tiny import Launched, export, generated, train, train_arguments
+from tests.tiny import MODEL, Launched, export, generated, train, train_arguments
 
 DEV = "manyview_dev_0"
 # everything that is random or changes while training: jitter, density noise, stratified samples, occupancy, EMA
@@ -284,3 +284,12 @@ def test_the_script_itself_runs_from_anywhere(tmp_path):
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and "training.learning_rate" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_documented_commands_train_into_the_member_that_the_export_takes(tmp_path):
+    root, output = generated(tmp_path / "root", {"mug": ["manyview_dev_0"]}), tmp_path / "OUT"
+    where = f"dataset_root={root} category=mug subset_name=manyview_dev_0 output_dir={output}"
+    assert train_sequence.main(["experiment=nerf_laptop", *where.split(), "training.max_steps=2", *(f"{key}={value}" for key, value in MODEL.items())]) == 0
+    assert (output / "mug" / "manyview_dev_0" / "nerf" / "results.json").exists()
+    assert export_submission.main(f"dataset_root={root} output_dir={output} sequence_set=dev models=[nerf]".split()) == 0
+    assert (output / "submission" / "submission_manyview_dev.hdf5").exists()

@@ -49,9 +49,11 @@ def generated(root: Path, subsets: dict[str, list[str]], **settings: Any) -> Pat
 
 def train_arguments(root: Path, output: Path, **settings: Any) -> list[str]:
     """Arguments of ``train_sequence``; ``__`` in a setting's name stands for its dot."""
-    chosen = {"experiment": "nerf_laptop", "dataset_root": root, "output_dir": output, "category": "mug", "member": "nerf", "device": "cpu"}
+    chosen = {"experiment": "nerf_laptop", "dataset_root": root, "output_dir": output, "category": "mug", "device": "cpu"}
     if not str(settings.get("experiment", "nerf")).startswith("implicitron"):
         chosen |= MODEL
+    else:
+        chosen["member"] = "nerf"
     chosen |= TRAINING | {key.replace("__", "."): value for key, value in settings.items()}
     return [f"{key}={value}" for key, value in chosen.items() if value is not None]
 
