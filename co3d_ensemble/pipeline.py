@@ -21,8 +21,8 @@ from co3d_ensemble.challenge.lpips import load_lpips, lpips_masked
 from co3d_ensemble.challenge.scoring import score_archive
 from co3d_ensemble.challenge.targets import Target, archive_name, targets_with_records
 from co3d_ensemble.config import ExperimentConfig, ModelConfig, validate
-from co3d_ensemble.data.audit import audit_subset, hold_out, usable_frames
-from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
+from co3d_ensemble.data.audit import audit_subset, camera_faults, hold_out, usable_frames
+from co3d_ensemble.data.co3d import FRAME_ANNOTATIONS_FILE, CO3DIndex, FrameRecord, Subset
 from co3d_ensemble.data.ray_bank import RayBank
 from co3d_ensemble.files import remove_temporaries, write_json_atomic
 from co3d_ensemble.functional.types import Frame, RenderedView
@@ -335,7 +335,7 @@ def export_submission(
         Targets without usable ground truth are in the archive and have no scores, see ``score_archive``.
 
     Raises:
-        ValueError: a subset lacks its run (all are listed), or the archive is not as it should be.
+        ValueError: a subset lacks its run or a target its camera (all are listed), or the archive is not as it should be.
         RunDirectoryBusy: another process is exporting to the same folder.
     """
     if len(models) != 1:
@@ -361,10 +361,11 @@ def export_submission(
     for name, run in runs.items():
         if not run.results_path.exists():
             logger.warning("%s: its training has not ended (%s); the best checkpoint so far is exported", name, run.path)
+    present = {target: record for target, record in records.items() if target.folder in runs}
+    _require_cameras(index.root, present)
     folder = Path(output_dir) / "submission"
     folder.mkdir(parents=True, exist_ok=True)
     archive, scores = folder / archive_name("manyview", sequence_set), folder / "results.json"
-    present = {target: record for target, record in records.items() if target.folder in runs}
     with FolderLock(folder):
         for written_to in (folder, *(run.renders for run in runs.values())):
             remove_temporaries(written_to)  # of an export that was killed
@@ -377,6 +378,17 @@ def export_submission(
             results = score_archive(archive, present)
             write_json_atomic(scores, results)
     return {"archive": archive, "missing": missing, "results": results}
+
+
+def _require_cameras(root: Path, records: dict[Target, FrameRecord]) -> None:
+    """A ``ValueError`` that lists the targets whose annotated camera cannot be rendered from, before hours of rendering."""
+    faults = [
+        f"{target.path('*')}: frame {record.name} of {root / target.category / FRAME_ANNOTATIONS_FILE}: camera {what}"
+        for target, record in records.items()
+        for _, what in camera_faults(record)
+    ]
+    if faults:
+        raise ValueError("targets cannot be rendered:\n  " + "\n  ".join(faults))
 
 
 def _rendered(

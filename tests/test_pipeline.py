@@ -264,6 +264,22 @@ def test_a_target_with_a_broken_mask_is_rendered_but_not_scored(own_root, tmp_pa
     assert evaluate(archive, own_root, "check_only=true") == 0  # both targets are in it
 
 
+def test_targets_with_a_broken_camera_are_not_scored_and_all_listed_before_an_export_renders(own_root, tmp_path, capsys, monkeypatch):
+    lost, flat = CO3DIndex(own_root).subset("mug", DEV).targets
+    annotate(own_root, [lost], lambda entry: entry["viewpoint"].update(T=[math.nan, 0.0, 4.0]))
+    assert train(own_root, tmp_path, training__max_steps=2) == 0
+    assert set(scores_of(tmp_path)["frames"]) == {flat.name}
+    annotate(own_root, [flat], lambda entry: entry["viewpoint"].update(R=[[1, 0, 0], [0, 1, 0], [0, 0, 2]]))
+    capsys.readouterr()
+    monkeypatch.setattr(ObjectModel, "render_view", lambda *_: pytest.fail("rendered"))
+    assert export(own_root, tmp_path) == 1
+    message = capsys.readouterr().err
+    annotations = own_root / "mug" / "frame_annotations.jgz"
+    assert f"frame {lost.name} of {annotations}: camera has no finite T" in message
+    assert f"frame {flat.name} of {annotations}: camera has an R that is no rotation" in message
+    assert "Traceback" not in message and not (tmp_path / "submission").exists()
+
+
 def test_depth_without_ground_truth_is_null_with_its_reason(own_root, tmp_path):
     for path in (own_root / "mug").rglob("depth_masks/*"):
         path.unlink()
@@ -495,6 +511,7 @@ def test_implicitron_s_own_model_goes_the_same_way(root, tmp_path):
     assert train(root, tmp_path, experiment="implicitron_nerf_laptop", training__max_steps=2, **toy) == 0
     results = scores_of(tmp_path)
     assert results["steps"] == 2 and results["metrics"]["psnr_masked"] > 0
+    assert set(settings_of(tmp_path).training.loss_weights.values()) == {None}  # its own are used, and the settings say so
     assert export(root, tmp_path, "allow_missing=true") == 0
     exported = json.loads((tmp_path / "submission" / "results.json").read_text())
     assert exported["subsets"][f"mug/{DEV}"]["n_frames"] == 2

@@ -174,6 +174,28 @@ def hold_out(subset: Subset, val_share: float, *, max_val_frames: int | None = N
     return replace(subset, known=tuple(r for r in subset.known if r.key not in held_out), val=val)
 
 
+def camera_faults(record: FrameRecord) -> list[tuple[Problem, str]]:
+    """Why a frame's annotated camera cannot be rendered from, as predicates of "camera"; empty for a good one.
+
+    Good: a known intrinsics format, finite R, T, focal length and principal point, focal > 0, R a rotation within
+    ``MAX_ROTATION_ERROR``.
+    """
+    faults = []
+    if record.intrinsics_format not in NDC_FORMATS:
+        faults.append((Problem.INTRINSICS_FORMAT, f"has the unknown intrinsics format {record.intrinsics_format!r}"))
+    values = {"R": sum(record.R, ()), "T": record.T, "focal length": record.focal, "principal point": record.principal}
+    bad = [name for name, numbers in values.items() if not all(map(math.isfinite, numbers))]
+    if bad:
+        faults.append((Problem.CAMERA_NOT_FINITE, f"has no finite {', '.join(bad)}"))
+    if "focal length" not in bad and min(record.focal) <= 0:
+        faults.append((Problem.FOCAL_NOT_POSITIVE, f"has the focal length {record.focal}"))
+    if "R" not in bad:
+        error, determinant = _rotation_error(record.R)
+        if error > MAX_ROTATION_ERROR or determinant < 0:
+            faults.append((Problem.NOT_A_ROTATION, f"has an R that is no rotation: |R R^T - I| {error:.2g}, det {determinant:.2g}"))
+    return faults
+
+
 def _frames_with_roles(subset: Subset) -> Iterator[tuple[str, FrameRecord]]:
     seen = set()
     sources = [source for batch in subset.eval_batches for source in batch.sources]
@@ -215,20 +237,8 @@ class _FrameCheck:
                 self.add(Problem.LABEL_MISMATCH, path, f"the annotation's {kind} {label!r} is not in the picture's path")
 
     def camera(self) -> None:
-        record, path = self.record, self.record.image_path
-        if record.intrinsics_format not in NDC_FORMATS:
-            self.add(Problem.INTRINSICS_FORMAT, path, f"camera has the unknown intrinsics format {record.intrinsics_format!r}")
-        values = {"T": record.T, "focal length": record.focal, "principal point": record.principal}
-        values = {"R": sum(record.R, ()), **values}
-        bad = [name for name, numbers in values.items() if not all(map(math.isfinite, numbers))]
-        if bad:
-            self.add(Problem.CAMERA_NOT_FINITE, path, f"camera has no finite {', '.join(bad)}")
-        if "focal length" not in bad and min(record.focal) <= 0:
-            self.add(Problem.FOCAL_NOT_POSITIVE, path, f"camera has the focal length {record.focal}")
-        if "R" not in bad:
-            error, determinant = _rotation_error(record.R)
-            if error > MAX_ROTATION_ERROR or determinant < 0:
-                self.add(Problem.NOT_A_ROTATION, path, f"camera's R is no rotation: |R R^T - I| {error:.2g}, det {determinant:.2g}")
+        for problem, what in camera_faults(self.record):
+            self.add(problem, self.record.image_path, f"camera {what}")
 
     def picture_and_mask(self, *, expect_redacted: bool) -> None:
         record = self.record
