@@ -96,7 +96,7 @@ class ModelConfig:
 
 @dataclass
 class BoundsConfig:
-    mode: str = setting("visual_hull", "visual_hull: box carved from the masks | near_far: fixed distances")
+    mode: str = setting("visual_hull", "visual_hull: box carved from the masks | near_far: fixed distances (not of implicitron models)")
     near: float = setting(3.0, "near distance of near_far, world units")
     far: float = setting(24.0, "far distance of near_far, world units")
     overrides: dict[str, Any] = setting(
@@ -137,7 +137,7 @@ class TrainingConfig:
             "loss_prev_stage_alpha_bce": 1.0,
             "loss_sample_entropy": 1e-5,
         },
-        "weight per loss name; null drops a default; an unknown name is an error",
+        "weight per loss name; null drops a default; an unknown name is an error; implicitron models bring their own",
     )
     ramped_losses: tuple[str, ...] = setting(("loss_sample_entropy",), "losses ramped in linearly after the warm-up")
     ramp: float = setting(0.05, "share of max_steps over which they ramp")
@@ -269,6 +269,8 @@ def validate(config: Any) -> None:
         if value is not None and not _lies_in(value, interval):
             raise ValueError(f"{key}={value}: must lie in {interval}")
     _check_networks(config.model)
+    if config.model.kind == "implicitron":
+        _check_not_ignored(config)
 
 
 def _lies_in(value: float, interval: str) -> bool:
@@ -290,6 +292,22 @@ def _check_networks(model: Any) -> None:
         skip_layers = list(network.skip_layers)
         if not all(1 <= layer < network.n_layers for layer in skip_layers):
             raise ValueError(f"{name}: skip_layers={skip_layers}: must be trunk layers from 1 to n_layers - 1 = {network.n_layers - 1}")
+
+
+def _check_not_ignored(config: Any) -> None:
+    """Settings that an Implicitron model would ignore, because it brings its own."""
+    weights = dict(config.training.loss_weights)
+    if weights != TrainingConfig().loss_weights and any(weight is not None for weight in weights.values()):
+        raise ValueError(
+            f"training.loss_weights={weights}: a model of kind implicitron is trained with its own, model.implicitron.args.loss_weights; "
+            "leave training.loss_weights out or null"
+        )
+    if config.data.bounds.mode == "near_far":
+        raise ValueError(
+            "data.bounds.mode=near_far: a model of kind implicitron takes its distances from model.implicitron.args "
+            "(raysampler_class_type=NearFarRaySampler with raysampler_NearFarRaySampler_args.min_depth and max_depth); "
+            "use data.bounds.mode=visual_hull"
+        )
 
 
 def settings_with_help(config_class: type = ExperimentConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -6,7 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, ValidationError
 
-from co3d_ensemble.config import FREE_KEYS, ExperimentConfig, settings_with_help, validate
+from co3d_ensemble.config import FREE_KEYS, ExperimentConfig, TrainingConfig, settings_with_help, validate
+from co3d_ensemble.pipeline import compose_experiment
 
 SETTINGS = {key: (default, text) for key, default, text in settings_with_help()}
 
@@ -138,6 +139,33 @@ def test_a_bad_value_is_an_error_that_names_its_key(override, named):
 )
 def test_the_ends_of_a_range_and_null_are_allowed_where_they_mean_something(override):
     validate(experiment(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "instead"),
+    [
+        ("training.loss_weights.loss_roi_rgb=2.0", "training.loss_weights=", "model.implicitron.args.loss_weights"),
+        ("training.loss_weights.loss_rgb_mse=1.0", "training.loss_weights=", "model.implicitron.args.loss_weights"),
+        ("data.bounds.mode=near_far", "data.bounds.mode=near_far", "raysampler_NearFarRaySampler_args.min_depth"),
+    ],
+)
+def test_what_an_implicitron_model_would_ignore_is_an_error_that_names_what_it_takes_instead(override, key, instead):
+    validate(experiment(override))
+    with pytest.raises(ValueError) as caught:
+        validate(experiment("model.kind=implicitron", override))
+    assert key in str(caught.value) and instead in str(caught.value)
+
+
+def test_an_implicitron_model_goes_with_untouched_loss_weights_and_with_none():
+    validate(experiment("model.kind=implicitron"))
+    validate(experiment("model.kind=implicitron", *(f"training.loss_weights.{name}=null" for name in TrainingConfig().loss_weights)))
+
+
+@pytest.mark.parametrize("name", ["implicitron_nerf", "implicitron_nerf_laptop"])
+def test_the_implicitron_experiments_store_no_loss_weight_that_is_not_used(name):
+    config = compose_experiment([f"experiment={name}", "dataset_root=x", "category=mug"])
+    assert set(config.training.loss_weights.values()) == {None}
+    assert all(weight > 0 for weight in config.model.implicitron.args.loss_weights.values())
 
 
 @pytest.mark.parametrize("key", FREE_KEYS)
