@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from co3d_ensemble.report.pictures import comparison_sheet, save_picture, traini
 from co3d_ensemble.training.budget import fit_budget
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.implicitron_task import ImplicitronTask
-from co3d_ensemble.training.lock import FolderLock
+from co3d_ensemble.training.lock import FolderLock, RunDirectoryBusy
 from co3d_ensemble.training.loop import TrainingResult, train
 from co3d_ensemble.training.ray_bank_task import RayBankTask, evenly_spread
 from co3d_ensemble.training.records import read_metrics
@@ -290,29 +291,50 @@ def _plot_run(run: RunDirectory) -> None:
     training_curve(curves("validation", "metrics", "psnr"), curves("train", "losses", "loss"), run.path / "training_curve.png")
 
 
-def render_targets(run: RunDirectory, records: Sequence[FrameRecord], device: torch.device) -> Iterator[tuple[FrameRecord, RenderedView]]:
+def render_targets(
+    run: RunDirectory, records: Sequence[FrameRecord], device: torch.device, chunk_rays: int | None = None
+) -> Iterator[tuple[FrameRecord, RenderedView]]:
     """The run's best checkpoint at target cameras, at the original frame sizes; rendered once, then read from ``renders/``.
 
-    Renders of an older checkpoint are discarded.
+    Renders of an older checkpoint are discarded. The run is locked until the last frame is consumed: a training that starts
+    meanwhile would delete the temporary files, and with ``resume=restart`` the renders.
+
+    Args:
+        chunk_rays: rays rendered at once; None: as the run's configuration has it.
+
+    Raises:
+        RunDirectoryBusy: the run is being trained, or exported by another process.
     """
-    stamp_path = run.renders / "checkpoint.json"
-    best = Checkpoints(run.checkpoints).best
-    stat = best.stat()
-    stamp = {"checkpoint": best.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
-    if not stamp_path.exists() or json.loads(stamp_path.read_text()) != stamp:
-        for old in run.renders.glob("*.npz"):
-            old.unlink()
-        run.renders.mkdir(exist_ok=True)
-        write_json_atomic(stamp_path, stamp)
-    model = None
-    for record in records:
-        path = run.renders / f"{record.sequence_name}_{record.frame_number}.npz"
-        if not path.exists():
-            if model is None:
-                model, config = load_trained(run, device)
-            view = model.render_view(record.camera().to(device), config.rendering.chunk_rays).cpu()
-            write_view(path, view)
-        yield record, read_view(path)
+    with _locked_for_export(run):
+        remove_temporaries(run.renders)  # of an export that was killed
+        stamp_path = run.renders / "checkpoint.json"
+        best = Checkpoints(run.checkpoints).best
+        stat = best.stat()
+        stamp = {"checkpoint": best.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+        if not stamp_path.exists() or json.loads(stamp_path.read_text()) != stamp:
+            for old in run.renders.glob("*.npz"):
+                old.unlink()
+            run.renders.mkdir(exist_ok=True)
+            write_json_atomic(stamp_path, stamp)
+        model = None
+        for record in records:
+            path = run.renders / f"{record.sequence_name}_{record.frame_number}.npz"
+            if not path.exists():
+                if model is None:
+                    model, config = load_trained(run, device)
+                view = model.render_view(record.camera().to(device), chunk_rays or config.rendering.chunk_rays).cpu()
+                write_view(path, view)
+            yield record, read_view(path)
+
+
+@contextmanager
+def _locked_for_export(run: RunDirectory) -> Iterator[None]:
+    with ExitStack() as held:
+        try:
+            held.enter_context(FolderLock(run.path))
+        except RunDirectoryBusy as error:
+            raise RunDirectoryBusy(f"{error}: its targets can be exported once that has ended or been stopped") from error
+        yield
 
 
 def export_submission(
@@ -323,12 +345,14 @@ def export_submission(
     models: Sequence[str],
     allow_missing: bool = False,
     device: str = "auto",
+    chunk_rays: int | None = None,
 ) -> dict[str, Any]:
     """Walk 2: renders what is missing, writes and checks the archive, scores its bytes where there is ground truth.
 
     Args:
         models: member names; one for now.
         allow_missing: leave out subsets that have no trained run instead of refusing.
+        chunk_rays: rays rendered at once, fewer for less memory; None: each run's own ``rendering.chunk_rays``.
 
     Returns:
         ``{"archive": path, "missing": [...], "results": {...} or None}``; the results also go to ``results.json`` beside it.
@@ -336,8 +360,10 @@ def export_submission(
 
     Raises:
         ValueError: a subset lacks its run or a target its camera (all are listed), or the archive is not as it should be.
-        RunDirectoryBusy: another process is exporting to the same folder.
+        RunDirectoryBusy: another process is exporting to the same folder, or training one of the runs.
     """
+    if chunk_rays is not None and chunk_rays < 1:
+        raise ValueError(f"chunk_rays={chunk_rays}: must be positive")
     if len(models) != 1:
         raise ValueError(f"models={list(models)}: exporting needs exactly one member")
     index = CO3DIndex(dataset_root)
@@ -367,11 +393,10 @@ def export_submission(
     folder.mkdir(parents=True, exist_ok=True)
     archive, scores = folder / archive_name("manyview", sequence_set), folder / "results.json"
     with FolderLock(folder):
-        for written_to in (folder, *(run.renders for run in runs.values())):
-            remove_temporaries(written_to)  # of an export that was killed
+        remove_temporaries(folder)  # of an export that was killed
         if sequence_set == "dev":
             scores.unlink(missing_ok=True)  # of the archive that is replaced now
-        write_archive(archive, _rendered(runs, present, resolve_device(device)))
+        write_archive(archive, _rendered(runs, present, resolve_device(device), chunk_rays))
         check_archive(archive, records, allow_missing=allow_missing)
         results = None
         if sequence_set == "dev":
@@ -392,10 +417,10 @@ def _require_cameras(root: Path, records: dict[Target, FrameRecord]) -> None:
 
 
 def _rendered(
-    runs: dict[str, RunDirectory], records: dict[Target, FrameRecord], device: torch.device
+    runs: dict[str, RunDirectory], records: dict[Target, FrameRecord], device: torch.device, chunk_rays: int | None
 ) -> Iterator[tuple[Target, RenderedView]]:
     for folder, run in runs.items():
         targets = {record.key: target for target, record in records.items() if target.folder == folder}
         wanted = [record for target, record in records.items() if target.folder == folder]
-        for record, view in render_targets(run, wanted, device):
+        for record, view in render_targets(run, wanted, device, chunk_rays):
             yield targets[record.key], view

@@ -10,6 +10,7 @@ Writes OUT/submission/submission_manyview_<set>.hdf5 and, for dev, results.json.
     models=[nerf]          name of the runs' folders, <output_dir>/<category>/<subset_name>/<member>
     allow_missing=false    true leaves out subsets without a trained run
     device=auto            auto | cpu | cuda | cuda:N
+    chunk_rays=null        rays rendered at once, fewer for less memory; null: each run's own
 
 Exit codes: 0 done, 1 an error that the message explains, 2 wrong arguments, 130 Ctrl-C.
 """
@@ -35,10 +36,13 @@ class ExportConfig:
     models: list[str] = field(default_factory=lambda: ["nerf"])
     allow_missing: bool = False
     device: str = "auto"
+    chunk_rays: int | None = None
 
     def __post_init__(self) -> None:
         if self.sequence_set not in (*SEQUENCE_SETS, MISSING):
             raise ValueError(f"sequence_set={self.sequence_set!r}: expected one of {', '.join(SEQUENCE_SETS)}")
+        if self.chunk_rays is not None and self.chunk_rays < 1:
+            raise ValueError(f"chunk_rays={self.chunk_rays}: must be positive")
 
 
 def export(config: ExportConfig) -> int:

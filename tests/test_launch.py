@@ -231,6 +231,7 @@ def test_a_wrong_name_or_place_ends_with_1_and_leaves_nothing(root, tmp_path, ca
         (["dataset_root=x", "colour=red"], 2, "colour"),
         (["dataset_root=x", "allow_missing=perhaps"], 2, "allow_missing"),
         (["dataset_root=x", "sequence_set=train"], 2, "sequence_set='train'"),
+        (["dataset_root=x", "chunk_rays=0"], 2, "chunk_rays=0"),
         (["dataset_root=/nowhere"], 1, "/nowhere is not a CO3Dv2 root"),
     ],
 )

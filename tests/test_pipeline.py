@@ -26,7 +26,7 @@ from co3d_ensemble.functional.schedules import ema_decay
 from co3d_ensemble.functional.types import RenderedView
 from co3d_ensemble.pipeline import METRICS, compose_experiment, load_scene
 from co3d_ensemble.plugin.model import ObjectModel
-from co3d_ensemble.training import budget
+from co3d_ensemble.training import budget, lock
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.records import read_metrics
 from tests.tiny import HEIGHT, SIZES, TRAINING, WIDTH, evaluate, export, generated, train, train_arguments
@@ -436,6 +436,43 @@ def test_renders_are_reused_until_there_is_a_better_checkpoint(own_output, root,
     assert archive.read_bytes() != before
 
 
+def test_an_export_s_chunk_size_is_the_run_s_unless_given(own_output, root, monkeypatch):
+    asked = []
+    original = ObjectModel.render_view
+    monkeypatch.setattr(ObjectModel, "render_view", lambda self, camera, n: asked.append(n) or original(self, camera, n))
+    assert export(root, own_output, "chunk_rays=100") == 0 and asked == [100] * 4
+    for category in ("mug", "bear"):
+        shutil.rmtree(run_of(own_output, category=category) / "renders")
+    assert export(root, own_output) == 0 and asked[4:] == [settings_of(own_output).rendering.chunk_rays] * 4
+
+
+def test_a_run_is_locked_while_its_targets_are_rendered(own_output, root, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "GRACE_SECONDS", 0.0)
+    original, codes = pipeline.write_view, []
+
+    def train_meanwhile(path, view):
+        if not codes:
+            left = path.with_name(f"{path.name}.tmp-1")  # as the render has it at this moment
+            left.write_bytes(b"half")
+            codes.append(train(root, own_output, category=path.parents[3].name))
+            assert left.exists()
+        original(path, view)
+
+    monkeypatch.setattr(pipeline, "write_view", train_meanwhile)
+    assert export(root, own_output) == 0 and codes == [1]
+    assert "is in use by process" in capsys.readouterr().err
+    assert train(root, own_output) == 0  # the lock is given back
+
+
+def test_a_run_that_is_being_trained_is_not_exported_and_the_message_says_why(own_output, root, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "GRACE_SECONDS", 0.0)
+    with lock.FolderLock(run_of(own_output)):
+        assert export(root, own_output) == 1
+    message = capsys.readouterr().err
+    assert f"{run_of(own_output)} is in use by process {os.getpid()}" in message and "once that has ended" in message
+    assert export(root, own_output) == 0
+
+
 def test_an_export_goes_on_after_a_killed_one(own_output, root):
     (own_output / "submission").mkdir()
     for left in (own_output / "submission" / "submission_manyview_dev.hdf5.tmp-1", run_of(own_output) / "renders" / "x.npz.tmp-1"):
@@ -511,7 +548,6 @@ def test_implicitron_s_own_model_goes_the_same_way(root, tmp_path):
     assert train(root, tmp_path, experiment="implicitron_nerf_laptop", training__max_steps=2, **toy) == 0
     results = scores_of(tmp_path)
     assert results["steps"] == 2 and results["metrics"]["psnr_masked"] > 0
-    assert set(settings_of(tmp_path).training.loss_weights.values()) == {None}  # its own are used, and the settings say so
     assert export(root, tmp_path, "allow_missing=true") == 0
     exported = json.loads((tmp_path / "submission" / "results.json").read_text())
     assert exported["subsets"][f"mug/{DEV}"]["n_frames"] == 2
