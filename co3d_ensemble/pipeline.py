@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 METRICS = ("psnr_masked", "psnr_fg", "psnr_full_image", "depth_abs_fg", "iou", "ssim", "lpips")
+SHOWN_TARGETS = 8  # rows of targets.png
 NO_DEPTH = "no ground-truth depth"
 
 
@@ -241,12 +242,15 @@ def _model_for(config: Any, state: dict[str, Tensor]) -> ObjectModel | Implicitr
 def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result: TrainingResult) -> dict[str, Any]:
     """Scores the best checkpoint on the targets with ground truth, at the run's resolution: ``results.json``, ``targets.png``.
 
-    What cannot be computed is null with its reason under ``reasons``.
+    What cannot be computed is null with its reason under ``reasons``. ``depth_abs_fg`` is in world units (``depth_units``:
+    "world"), as Implicitron loads depth: the PNG's values times the annotation's ``scale_adjustment``. The archive's
+    ``results.json`` has it in the PNG's own units, as the challenge's evaluation does: the two agree only where that factor is 1.
     """
     model, config = load_trained(run, device)
     scorable = [record for record in subset.targets if subset.scorable is None or record.key in subset.scorable]
     network, why_no_lpips = load_lpips(device=device)
     per_frame: dict[str, dict[str, float | None]] = {}
+    shown = {record.key for record in evenly_spread(scorable, SHOWN_TARGETS)}
     rows = []
     for record in scorable:
         frame = _load_frame(config, record)
@@ -255,7 +259,8 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
         rgb, mask = frame.rgb.float() / 255, frame.mask.float() / 255
         scores["lpips"] = None if network is None else lpips_masked(network, view.rgb.to(device), rgb.to(device), mask.to(device))
         per_frame[frame.name] = scores
-        rows.append((frame.name, rgb, view, mask))
+        if record.key in shown:  # a sequence may have hundreds of targets: only these stay in memory
+            rows.append((frame.name, rgb, view, mask))
     means = mean_scores(per_frame.values())
     reasons = {name: NO_DEPTH if name == "depth_abs_fg" else why_no_lpips for name in ("depth_abs_fg", "lpips") if name not in means}
     if not scorable:
@@ -263,6 +268,7 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
     results = {
         "metrics": {name: means.get(name) for name in METRICS},
         "reasons": reasons,
+        "depth_units": "world",
         "frames": per_frame,
         "seconds": result.seconds,
         "steps": result.steps,
@@ -270,7 +276,7 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
         "stopped": result.stopped,
     }
     if rows:
-        save_picture(run.path / "targets.png", comparison_sheet(evenly_spread(rows, 8)))
+        save_picture(run.path / "targets.png", comparison_sheet(rows))
     _plot_run(run)
     write_json_atomic(run.results_path, results)
     logger.info("%s: %s", run.path, ", ".join(f"{name} {value:.3f}" for name, value in results["metrics"].items() if value is not None))
@@ -356,6 +362,7 @@ def export_submission(
 
     Returns:
         ``{"archive": path, "missing": [...], "results": {...} or None}``; the results also go to ``results.json`` beside it.
+        Depth there is in the PNG's units (``depth_units``: "png") as in the challenge, unlike a run's, see ``evaluate_run``.
         Targets without usable ground truth are in the archive and have no scores, see ``score_archive``.
 
     Raises:

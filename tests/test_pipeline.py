@@ -133,7 +133,7 @@ def test_one_command_leaves_a_run_that_describes_itself(output, root):
 
 def test_results_hold_the_seven_metrics_of_the_targets(output, root):
     results = scores_of(output)
-    assert set(results) == {"metrics", "reasons", "frames", "seconds", "steps", "best_step", "stopped"}
+    assert set(results) == {"metrics", "reasons", "depth_units", "frames", "seconds", "steps", "best_step", "stopped"}
     assert tuple(results["metrics"]) == METRICS == (
         "psnr_masked", "psnr_fg", "psnr_full_image", "depth_abs_fg", "iou", "ssim", "lpips",
     )  # fmt: skip
@@ -280,6 +280,24 @@ def test_targets_with_a_broken_camera_are_not_scored_and_all_listed_before_an_ex
     assert "Traceback" not in message and not (tmp_path / "submission").exists()
 
 
+def test_a_run_s_depth_is_in_world_units_and_the_archive_s_in_those_of_the_png(own_output, root):
+    assert export(root, own_output) == 0
+    assert scores_of(own_output)["depth_units"] == "world"
+    assert json.loads((own_output / "submission" / "results.json").read_text())["depth_units"] == "png"
+
+
+def test_all_targets_are_scored_but_only_the_shown_ones_pictures_kept(own_output, root, monkeypatch):
+    monkeypatch.setattr(pipeline, "SHOWN_TARGETS", 1)
+    kept = []
+    original = pipeline.comparison_sheet
+    monkeypatch.setattr(pipeline, "comparison_sheet", lambda rows: kept.append([name for name, *_ in rows]) or original(rows))
+    (run_of(own_output) / "results.json").unlink()
+    assert train(root, own_output) == 0
+    targets = CO3DIndex(root).subset("mug", DEV).targets
+    assert kept == [[record.name for record in pipeline.evenly_spread(list(targets), 1)]]
+    assert set(scores_of(own_output)["frames"]) == {record.name for record in targets}  # all are scored
+
+
 def test_depth_without_ground_truth_is_null_with_its_reason(own_root, tmp_path):
     for path in (own_root / "mug").rglob("depth_masks/*"):
         path.unlink()
@@ -408,7 +426,7 @@ def test_the_archive_has_every_target_at_the_photographs_own_size(own_output, ro
     shapes = {target: tuple(view.rgb.shape) for target, view in read_archive(archive, records)}
     assert shapes == {target: (3, HEIGHT, WIDTH) for target in records} and len(shapes) == 4
     results = json.loads((folder / "results.json").read_text())
-    assert set(results) == {"mean", "subsets"} and set(results["subsets"]) == {f"mug/{DEV}", f"bear/{DEV}"}
+    assert set(results) == {"mean", "subsets", "depth_units"} and set(results["subsets"]) == {f"mug/{DEV}", f"bear/{DEV}"}
     for name in ("psnr_masked", "depth_abs_fg", "iou"):
         values = [subset[name] for subset in results["subsets"].values()]
         assert results["mean"][name] == pytest.approx(sum(values) / 2)

@@ -109,6 +109,7 @@ def score_archive(
         ``{"mean": {metric: value}, "subsets": {"<category>/<subset>": {metric: value, "n_frames": n, "n_missing": n,
         "n_without_truth": n}}}``: frames scored, absent from the archive, and left out; a metric without value is None, and
         ``"reasons"`` beside it says why. ``reasons["without_truth"]`` lists the frames left out, each with its file.
+        ``"depth_units"`` says what ``depth_abs_fg`` is in: "png", the depth map's own values as in the challenge, or "world".
 
     Raises:
         MissingTargets, ArchiveError: as ``read_archive``.
@@ -131,13 +132,13 @@ def score_archive(
                 collect(*pending.popleft())
         for target, future in pending:
             collect(target, future)
-    return aggregate(scores, list(records), without_truth)
+    return {**aggregate(scores, list(records), without_truth), "depth_units": "world" if apply_scale_adjustment else "png"}
 
 
 def aggregate(
     scores: Mapping[Target, FrameScores], targets: Sequence[Target], without_truth: Mapping[Target, str] | None = None
 ) -> dict[str, Any]:
-    """Means over frames, then over subsets, as ``score_archive`` returns them.
+    """Means over frames, then over subsets, as ``score_archive`` returns them (without ``depth_units``).
 
     Args:
         scores: of the frames that were scored.

@@ -163,6 +163,11 @@ def test_missing_depth_is_null_with_its_reason_and_leaves_the_mean(archive, reco
     assert "mean over 2 of 3 subsets" in result["mean"]["reasons"]["depth_abs_fg"]
 
 
+def test_the_result_says_which_units_its_depth_is_in(archive, records):
+    assert score_archive(archive, records)["depth_units"] == "png"
+    assert score_archive(archive, records, apply_scale_adjustment=True)["depth_units"] == "world"
+
+
 def test_a_missing_depth_mask_leaves_all_known_depth_valid(records):
     record = next(iter(records.values()))
     record.depth_mask_path.unlink()
