@@ -5,31 +5,35 @@
     python launch/evaluate_submission.py submission_manyview_dev.hdf5 dataset_root=/data/co3d allow_missing=true
     python launch/evaluate_submission.py submission_manyview_test.hdf5 dataset_root=/data/co3d check_only=true
 
-Exit codes: 0 fine, 2 wrong arguments, 3 broken or unsafe archive, 4 frames missing, 5 data set or its ground truth missing.
+Frames without usable ground truth are left out of the scores and listed.
+
+Exit codes: 0 fine, 1 another error that the message explains, 2 wrong arguments, 3 broken or unsafe archive, 4 frames missing,
+5 data set missing or broken or no frame of it with ground truth, 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
-import logging
+import json
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 from co3d_ensemble.challenge.archive import ArchiveError, MissingTargets, check_archive
 from co3d_ensemble.challenge.scoring import GroundTruthError, format_table, score_archive
 from co3d_ensemble.challenge.targets import SEQUENCE_SETS, TASKS, targets_with_records
 from co3d_ensemble.data.co3d import CO3DIndex
 from co3d_ensemble.files import write_json_atomic
+from co3d_ensemble.scripts import WRONG_ARGUMENTS, run_with_settings
 
-BAD_ARGUMENTS, BAD_ARCHIVE, MISSING_FRAMES, BAD_DATASET = 2, 3, 4, 5
+BAD_ARCHIVE, MISSING_FRAMES, BAD_DATASET = 3, 4, 5
 
 
 @dataclass
 class Arguments:
+    archive: str = MISSING  # the argument without "="
     dataset_root: str = MISSING  # CO3Dv2 root folder
     allow_missing: bool = False  # score what is there, and list the rest
     check_only: bool = False  # check every frame of the archive without scoring it
@@ -40,29 +44,23 @@ class Arguments:
     sequence_set: str | None = None  # dev | test; null: from the archive's name
 
 
-def parse(argv: list[str]) -> tuple[Path, Arguments]:
-    """Archive and settings; ValueError names what is wrong."""
-    archives = [argument for argument in argv if "=" not in argument]
-    if len(archives) != 1:
-        raise ValueError(f"expected one archive, got {archives}")
-    given = OmegaConf.from_cli([argument for argument in argv if "=" in argument])
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers={self.workers}: must be positive")
+        named = re.fullmatch(rf"submission_({'|'.join(TASKS)})_({'|'.join(SEQUENCE_SETS)})\.hdf5", Path(self.archive).name)
+        self.task = self.task or (named and named[1])
+        self.sequence_set = self.sequence_set or (named and named[2])
+        if self.task not in TASKS or self.sequence_set not in SEQUENCE_SETS:
+            found = f"task={self.task!r}, sequence_set={self.sequence_set!r}"
+            raise ValueError(f"{found} from the arguments or the archive's name: expected one of {TASKS} and one of {SEQUENCE_SETS}")
+
+
+def evaluate(arguments: Arguments) -> None:
+    archive = Path(arguments.archive)
     try:
-        arguments = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Arguments), given))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key}: {error}") from error
-    if arguments.workers < 1:
-        raise ValueError(f"workers={arguments.workers}: must be positive")
-    named = re.fullmatch(rf"submission_({'|'.join(TASKS)})_({'|'.join(SEQUENCE_SETS)})\.hdf5", Path(archives[0]).name)
-    arguments.task = arguments.task or (named and named[1])
-    arguments.sequence_set = arguments.sequence_set or (named and named[2])
-    if arguments.task not in TASKS or arguments.sequence_set not in SEQUENCE_SETS:
-        found = f"task={arguments.task!r}, sequence_set={arguments.sequence_set!r}"
-        raise ValueError(f"{found} from the arguments or the archive's name: expected one of {TASKS} and one of {SEQUENCE_SETS}")
-    return Path(archives[0]), arguments
-
-
-def evaluate(archive: Path, arguments: Arguments) -> None:
-    records = targets_with_records(CO3DIndex(arguments.dataset_root), task=arguments.task, sequence_set=arguments.sequence_set)
+        records = targets_with_records(CO3DIndex(arguments.dataset_root), task=arguments.task, sequence_set=arguments.sequence_set)
+    except ValueError as error:
+        raise GroundTruthError(str(error)) from error
     missing = check_archive(archive, records, allow_missing=arguments.allow_missing)
     for target in missing:
         print(f"missing: {target.path('*')}")
@@ -84,22 +82,26 @@ def evaluate(archive: Path, arguments: Arguments) -> None:
         raise GroundTruthError(f"{arguments.dataset_root}: no frame with ground truth among the {counts['n_without_truth']} of the archive")
 
 
-def main(argv: list[str]) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    if not argv or argv[0] in ("-h", "--help"):
-        print(__doc__)
-        return 0 if argv else BAD_ARGUMENTS
-    code = BAD_ARGUMENTS
+def exit_code(arguments: Arguments) -> int:
+    """Evaluates; of the errors those that have a code of their own end here, as one line."""
     try:
-        archive, arguments = parse(argv)
-        code = BAD_DATASET
-        evaluate(archive, arguments)
-    except ValueError as error:
-        if isinstance(error, ArchiveError):
-            code = MISSING_FRAMES if isinstance(error, MissingTargets) else BAD_ARCHIVE
+        evaluate(arguments)
+    except (ArchiveError, GroundTruthError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return code
+        if isinstance(error, GroundTruthError):
+            return BAD_DATASET
+        return MISSING_FRAMES if isinstance(error, MissingTargets) else BAD_ARCHIVE
     return 0
+
+
+def main(argv: list[str]) -> int:
+    archives = [argument for argument in argv if "=" not in argument and argument not in ("-h", "--help")]
+    settings = [argument for argument in argv if argument not in archives]
+    if len(archives) != 1 and not {"-h", "--help"} & set(argv):
+        print(f"error: expected one archive, got {', '.join(archives) or 'none'} (--help lists the settings)", file=sys.stderr)
+        return WRONG_ARGUMENTS
+    # quoted, for the parser of settings would read a name like 1e3 or [a] as a value
+    return run_with_settings([*(f"archive={json.dumps(path)}" for path in archives), *settings], Arguments, __doc__, exit_code)
 
 
 if __name__ == "__main__":

@@ -377,3 +377,25 @@ def test_the_scripts_exit_code_tells_broken_archive_missing_frames_and_data_set_
     assert "no frame with ground truth" in capsys.readouterr().err
     assert json.loads((tmp_path / "null.json").read_text())["mean"]["iou"] is None
     assert run_script(archive, here, "check_only=true") == 0
+
+
+def test_the_script_reports_an_output_it_cannot_write_and_ctrl_c_without_a_traceback(archive, root, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    assert run_script(archive, f"dataset_root={root}", f"output={tmp_path}/file/results.json") == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and f"{tmp_path}/file" in message
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CO3DIndex, "subset", interrupted)
+    assert run_script(archive, f"dataset_root={root}") == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_the_script_takes_an_archive_of_any_name_and_wants_one(archive, root, tmp_path, capsys):
+    odd = archive.rename(tmp_path / "[odd] {name}: it's 'quoted'.hdf5")
+    assert run_script(odd, f"dataset_root={root}", "task=manyview", "sequence_set=dev") == 0
+    assert f"{odd}: 4 of 4 frames" in capsys.readouterr().out
+    assert run_script(f"dataset_root={root}") == 2 and run_script() == 2
+    assert "expected one archive, got none" in capsys.readouterr().err
