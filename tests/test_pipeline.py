@@ -189,7 +189,7 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(own_output, 
     before = contents(run_of(own_output))
     assert train(root, own_output, training__lr=0.25, model__nerf__n_hidden=24, training__log_every=1) == 1
     message = capsys.readouterr().err
-    assert "training.lr: 0.002 in the run, 0.25 now" in message and "model.nerf.n_hidden: 16 in the run, 24 now" in message
+    assert "training.lr: 0.005 in the run, 0.25 now" in message and "model.nerf.n_hidden: 16 in the run, 24 now" in message
     assert "log_every" not in message and "training.resume=restart" in message and str(run_of(own_output)) in message
     assert contents(run_of(own_output)) == before
 

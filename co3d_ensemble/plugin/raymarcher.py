@@ -16,7 +16,7 @@ from co3d_ensemble.functional.volume_rendering import composite, expected_distan
 @registry.register
 class OpacityRaymarcher(RaymarcherBase, torch.nn.Module):
     """Component: renders on black; the last interval is 0; in training ``aux`` holds ``opacities``, the alpha_i
-    (..., n_samples), and ``optical_depth``, the sums of sigma delta (...).
+    (..., n_samples), and ``optical_depth``, the sums of sigma delta (..., 1).
 
     Works in Implicitron's ``MultiPassEmissionAbsorptionRenderer`` too. Densities must not be negative: activation and
     noise belong to the implicit function, which knows the samples that were skipped.
@@ -56,7 +56,7 @@ class OpacityRaymarcher(RaymarcherBase, torch.nn.Module):
         densities = rays_densities[..., 0]
         weights, opacities, alpha = rendering_weights(densities, deltas)
         if self.training:
-            aux = {**aux, "opacities": opacities, "optical_depth": (densities * deltas).sum(dim=-1)}
+            aux = {**aux, "opacities": opacities, "optical_depth": (densities * deltas).sum(dim=-1, keepdim=True)}
         return RendererOutput(
             features=composite(weights, rays_features),
             depths=expected_distance(weights, ray_lengths)[..., None],

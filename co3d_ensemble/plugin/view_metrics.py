@@ -48,9 +48,10 @@ class RecipeViewMetrics(ViewMetricsBase):
             return {}
         shape = raymarched.masks.shape[:-1]
         rgb, mask = targets.rgb.reshape(*shape, 3), targets.mask.reshape(shape)
+        depth = raymarched.aux.get("optical_depth")
         losses = {
             f"{keys_prefix}roi_rgb": roi_rgb_loss(raymarched.features, rgb, mask),
-            f"{keys_prefix}alpha_bce": alpha_bce_loss(raymarched.masks[..., 0], mask, raymarched.aux.get("optical_depth")),
+            f"{keys_prefix}alpha_bce": alpha_bce_loss(raymarched.masks[..., 0], mask, None if depth is None else depth[..., 0]),
         }
         if "opacities" in raymarched.aux and "prev_stage" not in keys_prefix:
             losses[f"{keys_prefix}sample_entropy"] = sample_entropy_loss(raymarched.aux["opacities"])

@@ -283,5 +283,5 @@ def test_the_laptop_experiment_shrinks_the_published_one_and_takes_its_rays_from
     assert adapter.rays_per_step(1) == 77 and config.data.longest_side == 200
     function = adapter.implicitron._implicit_functions[0]._fn
     assert len(function.xyz_encoder.mlp) == 6 and function.density_layer.in_features == 128
-    assert adapter.implicitron.renderer.n_pts_per_ray_fine_training == 48
+    assert adapter.implicitron.renderer.n_pts_per_ray_fine_training == 32
     assert config.training.schedule == "steps" and config.model.kind == "implicitron"
