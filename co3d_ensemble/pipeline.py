@@ -146,7 +146,7 @@ def build_model(config: Any, scene: Scene) -> ObjectModel | ImplicitronModel:
             spec.model_class_type,
             spec.args,
             render_size=(height, width),
-            scene_sphere=(tuple(center.tolist()), float(radius)) if scene.near_far is None else None,
+            scene_sphere=(tuple(center.tolist()), float(radius)),
         )
     return build_nerf(config.model, box=scene.box, grid_box=scene.grid_box, hull=scene.hull, near_far=scene.near_far)
 

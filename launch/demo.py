@@ -1,4 +1,4 @@
-"""The main job on generated data: photographs, training, evaluation, submission, pictures (about 4 minutes on two cores).
+"""The main job on generated data: photographs, training, evaluation, submission, pictures (two and a half minutes on two cores).
 
     python launch/demo.py                         # writes demo_output/
     python launch/demo.py output=OUT steps=300    # elsewhere, shorter
