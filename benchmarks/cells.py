@@ -40,12 +40,14 @@ class Cell:
         overrides: Hydra overrides of its experiment.
         minutes: budget of training time.
         evaluations: points on its curve.
+        steps: its max_steps, in place of the budget.
     """
 
     name: str
     overrides: tuple[str, ...]
     minutes: float
     evaluations: int
+    steps: int | None = None
 
 
 @dataclass
@@ -145,7 +147,8 @@ class CellRun:
         plan = self._plan()
         if plan is None:
             probed = seconds_per_step(self.config, scene, device)
-            plan = {**self._identity, "seconds_per_step": probed, "max_steps": max(1, int(60 * self.cell.minutes / probed))}
+            steps = self.cell.steps or max(1, int(60 * self.cell.minutes / probed))
+            plan = {**self._identity, "seconds_per_step": probed, "max_steps": steps}
             write_json_atomic(self.folder / "cell.json", plan)
         return plan["max_steps"]
 

@@ -6,7 +6,7 @@
 
 Every run is a cell with its own folder under --output and goes on where it was interrupted; a finished cell is not run
 again. The clock counts training steps only. A cell's max_steps is fixed before it starts, from its budget and the
-measured speed, because every schedule scales with it.
+measured speed or by --steps-..., because every schedule scales with it.
 """
 
 from __future__ import annotations
@@ -46,12 +46,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes-ours", type=float, default=15.0, help="(default: %(default)s)")
     parser.add_argument("--minutes-theirs", type=float, default=30.0, help="per learning rate (default: %(default)s)")
     parser.add_argument("--minutes-published", type=float, default=120.0, help="(default: %(default)s)")
+    for side in ("ours", "theirs", "published"):
+        parser.add_argument(f"--steps-{side}", type=int, metavar="N", help=f"fix max_steps, whatever --minutes-{side} says")
     parser.add_argument("--learning-rates", default="5e-4,1e-3,2e-3", help="of the baseline at our sizes (default: %(default)s)")
     parser.add_argument("--evaluations-ours", type=int, default=20, help="points on our curve (default: %(default)s)")
     parser.add_argument("--evaluations-theirs", type=int, default=10, help="points on each baseline's curve (default: %(default)s)")
     parser.add_argument("--stride", type=int, default=2, help="the curves score every n-th row and column; 1: all (default: %(default)s)")
     parser.add_argument("--full-final", action=argparse.BooleanOptionalAction, default=True, help="score all pixels at the end")
     parser.add_argument("--cells", help="comma-separated names: run only these (the report takes all that are finished)")
+    parser.add_argument(
+        "--theirs-precision",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="bfloat16 lends the baselines autocast, which they do not have: faster than their own (default: %(default)s)",
+    )
     parser.add_argument("--override-ours", action="append", default=[], metavar="KEY=VALUE", help="Hydra override, repeatable")
     parser.add_argument("--toy", action="store_true", help="tiny MLPs and few samples: to try the script")
     parser.add_argument("--device", default="auto")
@@ -61,6 +69,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.stride < 1:
         parser.error("--stride must be at least 1")
+    for side in ("ours", "theirs", "published"):
+        if (getattr(arguments, f"steps_{side}") or 1) < 1:
+            parser.error(f"--steps-{side} must be at least 1")
     return arguments
 
 
@@ -68,28 +79,30 @@ def planned_cells(arguments: argparse.Namespace) -> list[Cell]:
     """Ours, Implicitron's as published, and Implicitron's with nerf_laptop's MLP, rays and samples per learning rate."""
     common = (f"data.longest_side={arguments.longest_side}",)
     small_ours: tuple[str, ...] = ()
-    small_theirs: tuple[str, ...] = ()
+    small_theirs: tuple[str, ...] = (f"model.implicitron.precision={arguments.theirs_precision}",)
     if arguments.toy:
         small_ours = (*MLPS["toy"].ours(), "training.n_rays=64", "model.occupancy.resolution=16")
         small_ours += ("model.renderer.n_pts_per_ray_coarse=8", "model.renderer.n_pts_per_ray_fine=8")
-        small_theirs = (*MLPS["toy"].implicitron(), *implicitron_samples(8, 8), "training.n_rays=64")
+        small_theirs += (*MLPS["toy"].implicitron(), *implicitron_samples(8, 8), "training.n_rays=64")
     ours = ("experiment=nerf_laptop", *common, *small_ours, *arguments.override_ours)
     preset = experiment(ours, root=Path("unused"), category="unused", device=torch.device("cpu"))
     renderer, rays = preset.model.renderer, preset.training.n_rays
     same = implicitron_samples(renderer.n_pts_per_ray_coarse, renderer.n_pts_per_ray_fine)
     theirs = ("experiment=implicitron_nerf_laptop", *common, *same, *small_theirs, f"training.n_rays={rays}")
     cells = [
-        Cell("ours", ours, arguments.minutes_ours, arguments.evaluations_ours),
+        Cell("ours", ours, arguments.minutes_ours, arguments.evaluations_ours, arguments.steps_ours),
         Cell(
             "implicitron_published",
             ("experiment=implicitron_nerf", *common, *small_theirs),
             arguments.minutes_published,
             arguments.evaluations_theirs,
+            arguments.steps_published,
         ),
     ]
     for rate in arguments.learning_rates.split(","):
         overrides = (*theirs, f"training.lr={float(rate)}")
-        cells.append(Cell(f"implicitron_laptop_lr{float(rate):g}", overrides, arguments.minutes_theirs, arguments.evaluations_theirs))
+        name = f"implicitron_laptop_lr{float(rate):g}"
+        cells.append(Cell(name, overrides, arguments.minutes_theirs, arguments.evaluations_theirs, arguments.steps_theirs))
     return cells
 
 

@@ -81,6 +81,7 @@ class ImplicitronModelConfig:
     model_class_type: str = setting("OverfitModel", "OverfitModel | GenericModel")
     args: dict[str, Any] = setting({}, "model_<class>_args in Implicitron's format; loss_weights belong here")
     frames_per_step: int = setting(1, "target photographs per optimisation step")
+    precision: str = setting("float32", "float32 | bfloat16: autocast of the implicit functions; their authors trained in float32")
 
 
 @dataclass
@@ -191,6 +192,7 @@ _CHOICES = {
     "model.kind": ("nerf", "implicitron"),
     "model.nerf.density_activation": ("relu", "softplus"),
     "model.nerf.precision": ("float32", "bfloat16"),
+    "model.implicitron.precision": ("float32", "bfloat16"),
     "model.camera_jitter.mode": ("off", "view_direction", "fixed_gauge", "extrinsics"),
     "data.bounds.mode": ("visual_hull", "near_far"),
     "training.schedule": ("warmup_cosine", "steps"),

@@ -147,6 +147,7 @@ def build_model(config: Any, scene: Scene) -> ObjectModel | ImplicitronModel:
             spec.args,
             render_size=(height, width),
             scene_sphere=(tuple(center.tolist()), float(radius)),
+            precision=spec.precision,
         )
     return build_nerf(config.model, box=scene.box, grid_box=scene.grid_box, hull=scene.hull, near_far=scene.near_far)
 
@@ -231,7 +232,7 @@ def load_trained(run: RunDirectory, device: torch.device) -> tuple[ObjectModel |
 def _model_for(config: Any, state: dict[str, Tensor]) -> ObjectModel | ImplicitronModel:
     if config.model.kind == "implicitron":
         spec = config.model.implicitron
-        return ImplicitronModel(spec.model_class_type, spec.args, render_size=(64, 64), scene_sphere=None)
+        return ImplicitronModel(spec.model_class_type, spec.args, render_size=(64, 64), scene_sphere=None, precision=spec.precision)
     model = OmegaConf.merge(OmegaConf.structured(ModelConfig), config.model)
     near_far = state["near_far"].tolist()
     fixed = None if any(value != value for value in near_far) else (near_far[0], near_far[1])

@@ -7,9 +7,10 @@ compared with.
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pytorch3d.implicitron.models.base_model import ImplicitronModelBase
 from pytorch3d.implicitron.models.generic_model import GenericModel
+from pytorch3d.implicitron.models.implicit_function.base import ImplicitFunctionBase
 from pytorch3d.implicitron.models.overfit_model import OverfitModel
 from pytorch3d.implicitron.models.renderer.base import EvaluationMode
 from pytorch3d.implicitron.models.renderer.lstm_renderer import LSTMRenderer
@@ -25,6 +27,7 @@ from pytorch3d.implicitron.models.renderer.sdf_renderer import SignedDistanceFun
 from pytorch3d.implicitron.tools.config import expand_args_fields, get_default_args, registry
 from torch import Tensor, nn
 
+from co3d_ensemble.fields.radiance_mlp import PRECISIONS
 from co3d_ensemble.functional.cameras import distance_to_depth, pixel_centers, pixel_rays
 from co3d_ensemble.functional.types import SURFACE_ALPHA, PinholeCamera, RenderedView
 from co3d_ensemble.plugin.frames import pytorch3d_cameras
@@ -63,6 +66,7 @@ class ImplicitronModel(nn.Module):
         *,
         render_size: tuple[int, int],
         scene_sphere: tuple[Sequence[float], float] | None = None,
+        precision: str = "float32",
     ) -> None:
         """
         Args:
@@ -72,6 +76,7 @@ class ImplicitronModel(nn.Module):
             render_size: (height, width) of the training photographs.
             scene_sphere: (centre, radius) of the scene in world units. It gives the near and far distances of
                 ``AdaptiveRaySampler`` unless ``args`` set ``scene_center`` or ``scene_extent`` themselves.
+            precision: autocast dtype of the implicit functions; what they return is float32 again.
 
         Raises:
             ValueError: unknown model class, component or setting, naming it.
@@ -88,6 +93,7 @@ class ImplicitronModel(nn.Module):
         self.register_load_state_dict_post_hook(_restore_scene_sphere)
         _set_sphere(sampler, self.scene_sphere)
         self.implicitron = _create(model_class_type, config)
+        _autocast_functions(self.implicitron, precision)
         self.loss_weights = {name: float(weight) for name, weight in config.loss_weights.items() if weight != 0}
         sampler = config[f"raysampler_{config.raysampler_class_type}_args"]
         if sampler.n_rays_per_image_sampled_from_mask is None:
@@ -213,6 +219,28 @@ def _create(model_class_type: str, config: DictConfig) -> ImplicitronModelBase:
         model_class = _CoarseFirstOverfitModel
     expand_args_fields(model_class)
     return model_class(**config)
+
+
+def _autocast_functions(model: nn.Module, precision: str) -> None:
+    """Lets every implicit function of ``model`` run under autocast, and nothing else: marching and losses stay float32."""
+    dtype = PRECISIONS[precision]
+    if dtype is torch.float32:
+        return
+    for function in model.modules():
+        if isinstance(function, ImplicitFunctionBase):
+            function.forward = _under_autocast(function.forward, dtype)
+
+
+def _under_autocast(forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        bundle = kwargs.get("ray_bundle", args[0] if args else None)
+        device = "cpu" if bundle is None else bundle.origins.device.type
+        with torch.autocast(device, dtype=dtype):
+            answer = forward(*args, **kwargs)
+        return tuple(part.float() if isinstance(part, Tensor) else part for part in answer)
+
+    return wrapped
 
 
 @contextmanager
