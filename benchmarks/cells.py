@@ -15,10 +15,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.common import PeakMemory, make_stepper
+from co3d_ensemble.assembly import Scene
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.metrics import iou, psnr_masked
 from co3d_ensemble.functional.types import Frame, PinholeCamera
-from co3d_ensemble.pipeline import Scene
 from co3d_ensemble.training.checkpoint import read_checkpoint, write_checkpoint
 from co3d_ensemble.training.stepper import Stepper
 from co3d_ensemble.training.validation import mean_scores, score_frame

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from co3d_ensemble.assembly import Scene, compose_experiment, make_task
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
-from co3d_ensemble.pipeline import Scene, compose_experiment, make_task
 from co3d_ensemble.rendering import resolve_device
 from co3d_ensemble.training.stepper import INITIALISATION, Stepper, seed_default_generators
 

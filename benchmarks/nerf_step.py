@@ -39,8 +39,8 @@ from benchmarks.common import (
     prepare,
     synchronize,
 )
+from co3d_ensemble.assembly import Scene, load_scene
 from co3d_ensemble.files import write_json_atomic
-from co3d_ensemble.pipeline import Scene, load_scene
 from co3d_ensemble.plugin.frames import load_frames
 from co3d_ensemble.plugin.model import ObjectModel
 from co3d_ensemble.scripts import reported

@@ -24,12 +24,12 @@ from omegaconf import DictConfig
 
 from benchmarks.cells import Cell, CellRun, run_cell, strided_frame
 from benchmarks.common import MLPS, SUBSET, circumstances, crossing, experiment, find_sequence, implicitron_samples, prepare
+from co3d_ensemble.assembly import Scene, load_scene
 from co3d_ensemble.fields.occupancy import OccupancyGrid
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.cameras import intersect_box, pixel_centers, pixel_rays
 from co3d_ensemble.functional.metrics import psnr_masked
 from co3d_ensemble.functional.types import Frame
-from co3d_ensemble.pipeline import Scene, load_scene
 from co3d_ensemble.plugin.frames import load_frames
 from co3d_ensemble.scripts import configure_logging, reported
 

@@ -1,4 +1,4 @@
-"""The top: what the scripts call. Configuration to scene to task to run, and runs to a scored submission."""
+"""The top: what the scripts call. A configuration to a trained and scored run, and runs to a scored submission."""
 
 from __future__ import annotations
 
@@ -7,173 +7,40 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
+from omegaconf import DictConfig
 
+from co3d_ensemble.assembly import load_frame, load_scene, make_task, model_of_state
 from co3d_ensemble.challenge.archive import check_archive, write_archive
 from co3d_ensemble.challenge.lpips import load_lpips, lpips_masked
 from co3d_ensemble.challenge.scoring import score_archive
 from co3d_ensemble.challenge.targets import Target, archive_name, targets_with_records
-from co3d_ensemble.config import ExperimentConfig, ModelConfig, validate
-from co3d_ensemble.data.audit import audit_subset, camera_faults, hold_out, usable_frames
+from co3d_ensemble.data.audit import camera_faults
 from co3d_ensemble.data.co3d import FRAME_ANNOTATIONS_FILE, CO3DIndex, FrameRecord, Subset
-from co3d_ensemble.data.ray_bank import RayBank
 from co3d_ensemble.files import remove_temporaries, write_json_atomic
-from co3d_ensemble.functional.types import Frame, RenderedView
-from co3d_ensemble.functional.visual_hull import candidate_box, grid_resolution, visual_hull
-from co3d_ensemble.plugin.frames import load_frames
+from co3d_ensemble.functional.types import RenderedView
 from co3d_ensemble.plugin.implicitron_model import ImplicitronModel
-from co3d_ensemble.plugin.model import ObjectModel, build_nerf
+from co3d_ensemble.plugin.model import ObjectModel
 from co3d_ensemble.rendering import read_view, resolve_device, write_view
 from co3d_ensemble.report.pictures import comparison_sheet, save_picture, training_curve
 from co3d_ensemble.training.budget import fit_budget
 from co3d_ensemble.training.checkpoint import Checkpoints
-from co3d_ensemble.training.implicitron_task import ImplicitronTask
 from co3d_ensemble.training.lock import FolderLock, RunDirectoryBusy
 from co3d_ensemble.training.loop import TrainingResult, train
-from co3d_ensemble.training.ray_bank_task import RayBankTask, evenly_spread
+from co3d_ensemble.training.ray_bank_task import evenly_spread
 from co3d_ensemble.training.records import read_metrics
 from co3d_ensemble.training.run_directory import RunDirectory
 from co3d_ensemble.training.stepper import INITIALISATION, seed_default_generators
-from co3d_ensemble.training.task import Task
-from co3d_ensemble.training.validation import FrameValidation, mean_scores, score_frame
+from co3d_ensemble.training.validation import mean_scores, score_frame
 
 logger = logging.getLogger(__name__)
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 METRICS = ("psnr_masked", "psnr_fg", "psnr_full_image", "depth_abs_fg", "iou", "ssim", "lpips")
 SHOWN_TARGETS = 8  # rows of targets.png
 NO_DEPTH = "no ground-truth depth"
-
-
-def compose_experiment(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> DictConfig:
-    """An experiment from ``configs/`` and Hydra overrides (``experiment=nerf_laptop category=cape training.lr=1e-3``).
-
-    Raises:
-        hydra.errors.HydraException, ValueError: an unknown key or experiment, a wrong type or value; the message names it.
-    """
-    ConfigStore.instance().store(name="experiment_schema", node=ExperimentConfig)
-    with initialize_config_dir(str(config_dir), version_base="1.3"):
-        config = compose("train_sequence", list(overrides))
-    # Hydra's "+key=value" adds what the schema lacks: refused here like any other unknown key
-    OmegaConf.merge(OmegaConf.structured(ExperimentConfig), OmegaConf.to_container(config))
-    validate(config)
-    return config
-
-
-@dataclass(frozen=True)
-class Scene:
-    """One sequence, loaded and bounded.
-
-    Attributes:
-        subset: usable frames by role.
-        train, val: decoded frames at the run's resolution.
-        box: of the object, (2, 3), world units: the unit of its coordinates.
-        grid_box: what ``hull`` covers, (2, 3); ``box``, or more where the bounds are fixed distances.
-        hull: boolean grid over ``grid_box``, all true where the bounds are fixed distances.
-        near_far: fixed distances, or None to clip rays to the box.
-    """
-
-    subset: Subset
-    train: list[Frame]
-    val: list[Frame]
-    box: Tensor
-    grid_box: Tensor
-    hull: Tensor
-    near_far: tuple[float, float] | None
-
-
-def usable_subset(config: Any) -> Subset:
-    """The experiment's subset after its audit: broken known frames dropped with a warning each, val held out if needed.
-
-    Raises:
-        ValueError: a wrong root, category or subset, several sequences in it, or too few usable known frames.
-    """
-    index = CO3DIndex(config.dataset_root)
-    subset = index.subset(config.category, config.subset_name)
-    _ = subset.sequence_name  # raises where the subset is no single sequence
-    subset = usable_frames(subset, audit_subset(index, subset, decode=True), min_known_frames=config.data.min_known_frames)
-    return hold_out(subset, config.data.val_share)
-
-
-def load_scene(config: Any) -> Scene:
-    """Decodes the known and validation frames and bounds the object, per ``config.data``."""
-    subset = usable_subset(config)
-
-    frames = [_load_frame(config, record, with_depth=False) for record in subset.known]  # no depth supervision
-    val = [_load_frame(config, record) for record in evenly_spread(list(subset.val), config.data.max_val_frames)]
-    bounds, longest = config.data.bounds, config.model.occupancy.resolution
-    if bounds.mode == "visual_hull":
-        box, hull = visual_hull(frames, longest=longest, tolerance=bounds.hull_tolerance, margin=bounds.hull_margin)
-        corners = [[round(value, 3) for value in corner] for corner in box.tolist()]
-        logger.info("visual hull: box %s, %.1f %% occupied", corners, 100 * hull.float().mean())
-        return Scene(subset, frames, val, box, box, hull, None)
-    near, far = bounds.overrides.get(f"{config.category}/{config.subset_name}", (bounds.near, bounds.far))
-    # no carving: the grid starts full, over a cube that every ray's [near, far] lies in as far as it can show the object
-    box = candidate_box(frames)
-    center, half = box.mean(dim=0), (far - near) / 2
-    grid_box = torch.stack((center - half, center + half))
-    return Scene(subset, frames, val, box, grid_box, torch.ones(grid_resolution(grid_box, longest), dtype=torch.bool), (near, far))
-
-
-def _load_frame(config: Any, record: FrameRecord, *, with_depth: bool = True) -> Frame:
-    """One frame at the run's resolution; depth only where the audit left it (a damaged map costs the depth, not the frame)."""
-    (frame,) = load_frames(
-        config.dataset_root,
-        config.category,
-        config.subset_name,
-        [record.key],
-        longest_side=config.data.longest_side,
-        load_depths="auto" if with_depth and record.depth_path is not None else False,
-    )
-    return frame
-
-
-def build_model(config: Any, scene: Scene) -> ObjectModel | ImplicitronModel:
-    """The experiment's untrained model for a scene; weights come from torch's default generator."""
-    if config.model.kind == "implicitron":
-        height, width = scene.train[0].camera.height, scene.train[0].camera.width
-        center, radius = scene.box.mean(dim=0), (scene.box[1] - scene.box[0]).norm() / 2
-        spec = config.model.implicitron
-        return ImplicitronModel(
-            spec.model_class_type,
-            spec.args,
-            render_size=(height, width),
-            scene_sphere=(tuple(center.tolist()), float(radius)),
-            precision=spec.precision,
-        )
-    return build_nerf(config.model, box=scene.box, grid_box=scene.grid_box, hull=scene.hull, near_far=scene.near_far)
-
-
-def make_task(config: Any, training: Any, scene: Scene, device: torch.device) -> Task:
-    """The task that the loop trains; ``training`` replaces ``config.training`` (a budget may have set its steps)."""
-    model = build_model(config, scene)
-    if config.model.kind == "implicitron":
-        return ImplicitronTask(
-            model,
-            train_frames=scene.train,
-            val_frames=scene.val,
-            training=training,
-            frames_per_step=config.model.implicitron.frames_per_step,
-            chunk_rays=config.rendering.chunk_rays,
-            device=device,
-        )
-    return RayBankTask(
-        model.to(device),
-        RayBank(scene.train, device),
-        FrameValidation(scene.val),
-        training=training,
-        occupancy=config.model.occupancy,
-        jitter=config.model.camera_jitter,
-        chunk_rays=config.rendering.chunk_rays,
-    )
 
 
 def run_directory(output_dir: Path | str, category: str, subset_name: str, member: str) -> Path:
@@ -224,20 +91,9 @@ def load_trained(run: RunDirectory, device: torch.device) -> tuple[ObjectModel |
     """The best checkpoint's model (EMA weights in place) without reading the data set again."""
     config = run.config
     saved = Checkpoints(run.checkpoints).load_best("cpu")
-    model = _model_for(config, saved["model"])
+    model = model_of_state(config, saved["model"])
     model.load_state_dict(saved["model"])
     return model.to(device).eval(), config
-
-
-def _model_for(config: Any, state: dict[str, Tensor]) -> ObjectModel | ImplicitronModel:
-    if config.model.kind == "implicitron":
-        spec = config.model.implicitron
-        return ImplicitronModel(spec.model_class_type, spec.args, render_size=(64, 64), scene_sphere=None, precision=spec.precision)
-    model = OmegaConf.merge(OmegaConf.structured(ModelConfig), config.model)
-    near_far = state["near_far"].tolist()
-    fixed = None if any(value != value for value in near_far) else (near_far[0], near_far[1])
-    grid = {name: state.get(f"renderer.occupancy.{name}") for name in ("box", "hull")}
-    return build_nerf(model, box=state["box"], grid_box=grid["box"], hull=grid["hull"], near_far=fixed)
 
 
 def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result: TrainingResult) -> dict[str, Any]:
@@ -254,7 +110,7 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
     shown = {record.key for record in evenly_spread(scorable, SHOWN_TARGETS)}
     rows = []
     for record in scorable:
-        frame = _load_frame(config, record)
+        frame = load_frame(config, record)
         view = model.render_view(frame.camera.to(device), config.rendering.chunk_rays).cpu()
         scores = score_frame(view, frame)
         rgb, mask = frame.rgb.float() / 255, frame.mask.float() / 255

@@ -16,8 +16,9 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from co3d_ensemble.assembly import CONFIG_DIR, compose_experiment
 from co3d_ensemble.config import settings_with_help
-from co3d_ensemble.pipeline import CONFIG_DIR, compose_experiment, train_sequence
+from co3d_ensemble.pipeline import train_sequence
 from co3d_ensemble.scripts import configure_logging, first_line, reported
 
 

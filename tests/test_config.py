@@ -6,8 +6,8 @@ import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, ValidationError
 
+from co3d_ensemble.assembly import compose_experiment
 from co3d_ensemble.config import FREE_KEYS, ExperimentConfig, TrainingConfig, settings_with_help, validate
-from co3d_ensemble.pipeline import compose_experiment
 
 SETTINGS = {key: (default, text) for key, default, text in settings_with_help()}
 

@@ -22,7 +22,8 @@ FLOORS = {
     "report": 4,
     "mine": 5,
     "fleet": 5,
-    "pipeline": 6,
+    "assembly": 6,
+    "pipeline": 7,
     "scripts": 6,  # what launch scripts share
 }
 LEAVES = ("config", "files", "scripts")  # import nothing of the package, so all but functional may import them

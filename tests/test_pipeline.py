@@ -16,7 +16,8 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from co3d_ensemble import pipeline
+from co3d_ensemble import assembly, pipeline
+from co3d_ensemble.assembly import compose_experiment, load_scene
 from co3d_ensemble.challenge.archive import read_archive
 from co3d_ensemble.challenge.targets import targets_with_records
 from co3d_ensemble.data.co3d import CO3DIndex
@@ -24,7 +25,7 @@ from co3d_ensemble.data.ray_bank import RayBank
 from co3d_ensemble.data.synthetic import SyntheticConfig, plan_sequence, render_view
 from co3d_ensemble.functional.schedules import ema_decay
 from co3d_ensemble.functional.types import RenderedView
-from co3d_ensemble.pipeline import METRICS, compose_experiment, load_scene
+from co3d_ensemble.pipeline import METRICS
 from co3d_ensemble.plugin.model import ObjectModel
 from co3d_ensemble.training import budget, lock
 from co3d_ensemble.training.checkpoint import Checkpoints
@@ -364,7 +365,7 @@ def test_no_pixel_of_a_target_or_validation_frame_reaches_the_ray_bank(own_root,
             super().__init__(*arguments)
             banks.append(self)
 
-    monkeypatch.setattr(pipeline, "RayBank", Recorded)
+    monkeypatch.setattr(assembly, "RayBank", Recorded)
     assert train(own_root, tmp_path, training__max_steps=1, data__longest_side=WIDTH) == 0
     (bank,) = banks
     known = [record.name for record in subset.known if record != subset.known[3]]
