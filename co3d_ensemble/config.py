@@ -52,6 +52,40 @@ class RendererConfig:
     occupied_floor: float = setting(0.01, "weight that every occupied coarse sample keeps in importance sampling")
 
 
+@dataclass(eq=False)  # its component is a module, and modules hash by identity
+class TensoRFConfig:
+    """The VM-factorized field (Chen et al., ECCV 2022); also the arguments of the component ``TensoRFImplicitFunction``."""
+
+    resolution: int = setting(128, "cube root of the number of voxels that the grid starts with")
+    n_density: int = setting(16, "density components per mode")
+    n_appearance: int = setting(48, "appearance components per mode")
+    n_features: int = setting(27, "appearance features, the input of the colour network")
+    n_hidden: int = setting(128, "width of the colour network")
+    n_harmonics_features: int = setting(2, "octaves of the encoding of the features")
+    n_harmonics_dir: int = setting(2, "octaves of the direction encoding")
+    density_shift: float = setting(-10.0, "added to the raw density before its softplus")
+    distance_scale: float = setting(25.0, "density per unit of a box whose longest side is 3, that a softplus of 1 stands for")
+    init_std: float = setting(0.1, "std of the factors at the start")
+    color_threshold: float = setting(1e-4, "samples of a smaller weight get no colour; 0: all occupied samples get one")
+    tv_normalization: str = setting("content", "content: the same content costs the same at any resolution | reference: TensoRF's")
+    tv_lines: bool = setting(False, "total variation of the lines as well as of the planes")
+    precision: str = setting("float32", "float32 | bfloat16: autocast of the colour network")
+    compile: bool = setting(False, "torch.compile the colour network")
+
+
+@dataclass
+class GridScheduleConfig:
+    """When the VM grid is refined and cropped; shares of ``max_steps``, the published steps over 350,000."""
+
+    final_resolution: int = setting(1024, "cube root of the number of voxels after the last upsampling")
+    upsample_at: tuple[float, ...] = setting(
+        (30000 / 350000, 50000 / 350000, 65000 / 350000, 91300 / 350000, 116200 / 350000),
+        "shares of max_steps; voxel counts grow by equal factors",
+    )
+    shrink_at: tuple[float, ...] = setting((20000 / 350000, 40000 / 350000), "shares of max_steps at which the box is cropped to what is occupied")
+    moments: str = setting("map", "map | reset: Adam's moments of the factors when the grid changes")
+
+
 @dataclass
 class OccupancyConfig:
     """The grid that tells both models which samples to skip."""
@@ -86,8 +120,10 @@ class ImplicitronModelConfig:
 
 @dataclass
 class ModelConfig:
-    kind: str = setting("nerf", "nerf | implicitron")
+    kind: str = setting("nerf", "nerf | tensorf | implicitron")
     nerf: NeRFConfig = setting(NeRFConfig, "radiance MLP of the fine (and by default the coarse) pass")
+    tensorf: TensoRFConfig = setting(TensoRFConfig, "VM field, used when kind is tensorf")
+    grid: GridScheduleConfig = setting(GridScheduleConfig, "when the VM field's grid changes")
     coarse_overrides: dict[str, Any] = setting({}, "settings of the coarse MLP that differ from model.nerf")
     renderer: RendererConfig = setting(RendererConfig, "samples per ray")
     occupancy: OccupancyConfig = setting(OccupancyConfig, "empty-space skipping")
@@ -121,7 +157,8 @@ class TrainingConfig:
     max_steps: int = setting(350_000, "optimisation steps; every schedule scales with it")
     budget_minutes: float | None = setting(None, "probe the speed and set max_steps so that training takes this long")
     n_rays: int = setting(1024, "rays per step")
-    lr: float = setting(5e-4, "Adam's learning rate after the warm-up")
+    lr: float = setting(5e-4, "Adam's learning rate after the warm-up; of a VM field: its factors'")
+    lr_network: float | None = setting(None, "learning rate of a VM field's basis and colour network; null: lr")
     lr_final: float = setting(0.0, "share of lr at the end of the cosine")
     betas: tuple[float, float] = setting((0.9, 0.999), "Adam's moment decay rates")
     adam_eps: float = setting(1e-8, "Adam's epsilon")
@@ -189,7 +226,10 @@ FREE_KEYS = (
 )
 
 _CHOICES = {
-    "model.kind": ("nerf", "implicitron"),
+    "model.kind": ("nerf", "tensorf", "implicitron"),
+    "model.tensorf.precision": ("float32", "bfloat16"),
+    "model.tensorf.tv_normalization": ("content", "reference"),
+    "model.grid.moments": ("map", "reset"),
     "model.nerf.density_activation": ("relu", "softplus"),
     "model.nerf.precision": ("float32", "bfloat16"),
     "model.implicitron.precision": ("float32", "bfloat16"),
@@ -207,6 +247,12 @@ _POSITIVE = (
     "model.occupancy.resolution",
     "model.nerf.n_layers",
     "model.nerf.n_hidden",
+    "model.tensorf.n_density",
+    "model.tensorf.n_appearance",
+    "model.tensorf.n_features",
+    "model.tensorf.n_hidden",
+    "model.tensorf.distance_scale",
+    "model.tensorf.init_std",
     "data.min_known_frames",
 )
 
@@ -225,6 +271,10 @@ _RANGES = {
     "model.renderer.n_pts_per_ray_fine": "[1, inf)",
     "model.renderer.occupied_floor": "(0, inf)",
     "model.implicitron.frames_per_step": "[1, inf)",
+    "model.tensorf.resolution": "[2, inf)",
+    "model.tensorf.color_threshold": "[0, 1)",
+    "model.grid.final_resolution": "[2, inf)",
+    "training.lr_network": "(0, inf)",
     "training.budget_minutes": "(0, inf)",
     "training.lr_final": "[0, 1]",
     "training.warmup": "[0, 1)",
@@ -270,6 +320,10 @@ def validate(config: Any) -> None:
         value = get(key)
         if value is not None and not _lies_in(value, interval):
             raise ValueError(f"{key}={value}: must lie in {interval}")
+    for key in ("upsample_at", "shrink_at"):
+        shares = list(getattr(config.model.grid, key))
+        if any(not 0 < share < 1 for share in shares) or shares != sorted(shares):
+            raise ValueError(f"model.grid.{key}={shares}: expected ascending shares of max_steps in (0, 1)")
     _check_networks(config.model)
     if config.model.kind == "implicitron":
         _check_not_ignored(config)
