@@ -116,6 +116,10 @@ class ImplicitronModelConfig:
     args: dict[str, Any] = setting({}, "model_<class>_args in Implicitron's format; loss_weights belong here")
     frames_per_step: int = setting(1, "target photographs per optimisation step")
     precision: str = setting("float32", "float32 | bfloat16: autocast of the implicit functions; their authors trained in float32")
+    source_views: int = setting(9, "photographs that features are pooled from, at most in training and at rendering (view pooling only)")
+    min_source_views: int = setting(1, "a training step draws its number of source photographs between this and source_views")
+    kept_photographs: int = setting(64, "training photographs kept in the weights, of which rendering picks its source views")
+    encoder_weights: str | None = setting(None, "file with torchvision's weights of the image encoder; null: random, nothing is downloaded")
 
 
 @dataclass
@@ -271,6 +275,9 @@ _RANGES = {
     "model.renderer.n_pts_per_ray_fine": "[1, inf)",
     "model.renderer.occupied_floor": "(0, inf)",
     "model.implicitron.frames_per_step": "[1, inf)",
+    "model.implicitron.source_views": "[1, inf)",
+    "model.implicitron.min_source_views": "[1, inf)",
+    "model.implicitron.kept_photographs": "[1, inf)",
     "model.tensorf.resolution": "[2, inf)",
     "model.tensorf.color_threshold": "[0, 1)",
     "model.grid.final_resolution": "[2, inf)",
@@ -327,6 +334,7 @@ def validate(config: Any) -> None:
     _check_networks(config.model)
     if config.model.kind == "implicitron":
         _check_not_ignored(config)
+        _check_source_views(config.model.implicitron)
 
 
 def _lies_in(value: float, interval: str) -> bool:
@@ -348,6 +356,15 @@ def _check_networks(model: Any) -> None:
         skip_layers = list(network.skip_layers)
         if not all(1 <= layer < network.n_layers for layer in skip_layers):
             raise ValueError(f"{name}: skip_layers={skip_layers}: must be trunk layers from 1 to n_layers - 1 = {network.n_layers - 1}")
+
+
+def _check_source_views(spec: Any) -> None:
+    """Fewer source views in training than at rendering, and enough photographs to render from."""
+    views = spec.source_views
+    if spec.min_source_views > views:
+        raise ValueError(f"model.implicitron.min_source_views={spec.min_source_views}: must be at most source_views={views}")
+    if spec.kept_photographs < views:
+        raise ValueError(f"model.implicitron.kept_photographs={spec.kept_photographs}: must be at least source_views={views}")
 
 
 def _check_not_ignored(config: Any) -> None:
