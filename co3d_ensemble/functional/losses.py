@@ -27,6 +27,20 @@ def roi_rgb_loss(rgb: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return (error * mask).sum() / mask.sum().clamp_min(1)
 
 
+def full_rgb_loss(rgb: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean over all rays of ``||C(r) - M(r) C*(r)||^2``: against the photograph masked on black, background included.
+
+    What :func:`roi_rgb_loss` replaces; the ablation compares the two. Here a background ray pulls colour and opacity to
+    black, so the colour branch and the shape are trained by one term.
+
+    Args:
+        rgb: rendered colour on black, shape (..., c).
+        target: photographed colour, shape (..., c).
+        mask: 1 inside the foreground mask, else 0, shape (...).
+    """
+    return (rgb - target * mask[..., None]).square().sum(dim=-1).mean()
+
+
 def alpha_bce_loss(alpha: Tensor, mask: Tensor, optical_depth: Tensor | None = None) -> Tensor:
     """``BCE(alpha(r), M(r))``, mean over all rays (same source, eq. 3-4).
 

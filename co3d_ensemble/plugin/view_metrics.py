@@ -11,14 +11,15 @@ from pytorch3d.implicitron.tools.config import registry
 from pytorch3d.renderer.utils import ndc_grid_sample
 from torch import Tensor
 
-from co3d_ensemble.functional.losses import alpha_bce_loss, roi_rgb_loss, sample_entropy_loss
+from co3d_ensemble.functional.losses import alpha_bce_loss, full_rgb_loss, roi_rgb_loss, sample_entropy_loss
 from co3d_ensemble.functional.types import RayTargets
 
 
 @registry.register
 class RecipeViewMetrics(ViewMetricsBase):
-    """Component: ``loss_roi_rgb``, ``loss_alpha_bce``, ``loss_sample_entropy`` of the last pass and, for earlier passes,
-    ``loss_prev_stage_roi_rgb`` and ``loss_prev_stage_alpha_bce`` (the entropy is of the fine pass only)."""
+    """Component: ``loss_roi_rgb``, ``loss_rgb``, ``loss_alpha_bce``, ``loss_sample_entropy`` of the last pass and, for
+    earlier passes, ``loss_prev_stage_roi_rgb`` and so on (the entropy is of the fine pass only). ``loss_rgb`` is that of
+    all rays, in place of ``loss_roi_rgb``; without a weight it costs a sum over the rays and no gradient."""
 
     def forward(
         self,
@@ -51,6 +52,7 @@ class RecipeViewMetrics(ViewMetricsBase):
         depth = raymarched.aux.get("optical_depth")
         losses = {
             f"{keys_prefix}roi_rgb": roi_rgb_loss(raymarched.features, rgb, mask),
+            f"{keys_prefix}rgb": full_rgb_loss(raymarched.features, rgb, mask),
             f"{keys_prefix}alpha_bce": alpha_bce_loss(raymarched.masks[..., 0], mask, None if depth is None else depth[..., 0]),
         }
         if "opacities" in raymarched.aux and "prev_stage" not in keys_prefix:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from co3d_ensemble.functional.losses import alpha_bce_loss, roi_rgb_loss, sample_entropy_loss
+from co3d_ensemble.functional.losses import alpha_bce_loss, full_rgb_loss, roi_rgb_loss, sample_entropy_loss
 
 F64 = torch.float64
 
@@ -47,6 +47,26 @@ def test_an_empty_region_gives_zero_loss_and_zero_gradient():
 def test_one_ray_in_the_region_is_not_diluted():
     mask = torch.tensor([0.0, 1.0, 0.0])
     assert roi_rgb_loss(torch.zeros(3, 3), torch.ones(3, 3), mask) == 3
+
+
+def test_full_rgb_is_the_mean_squared_norm_over_all_rays_against_black_outside_the_mask_as_a_loop():
+    rgb, target = draw(11, 3), draw(11, 3, seed=1)
+    mask = (draw(11, seed=2) > 0.4).to(F64)
+    total = 0.0
+    for c, t, m in zip(rgb.tolist(), target.tolist(), mask.tolist()):
+        total += sum((a - (b if m else 0.0)) ** 2 for a, b in zip(c, t))
+    assert full_rgb_loss(rgb, target, mask).item() == pytest.approx(total / 11, rel=1e-12)
+
+
+def test_full_rgb_pulls_background_rays_to_black_whatever_was_photographed_there():
+    rgb = draw(4, 3).requires_grad_()
+    full_rgb_loss(rgb, draw(4, 3, seed=1), torch.zeros(4, dtype=F64)).backward()
+    torch.testing.assert_close(rgb.grad, 2 * rgb.detach() / 4)
+
+
+def test_both_colour_losses_agree_where_every_ray_is_foreground():
+    rgb, target, mask = draw(7, 3), draw(7, 3, seed=1), torch.ones(7, dtype=F64)
+    torch.testing.assert_close(full_rgb_loss(rgb, target, mask), roi_rgb_loss(rgb, target, mask))
 
 
 def test_alpha_bce_matches_the_formula_written_as_a_loop():
@@ -117,6 +137,7 @@ def test_gradients_match_finite_differences_away_from_the_clamps():
     rgb, target, mask = draw(3, 3).requires_grad_(), draw(3, 3, seed=1), torch.tensor([1.0, 0, 1], dtype=F64)
     alpha = (0.1 + 0.8 * draw(3)).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: roi_rgb_loss(x, target, mask), (rgb,))
+    assert torch.autograd.gradcheck(lambda x: full_rgb_loss(x, target, mask), (rgb,))
     assert torch.autograd.gradcheck(lambda x: alpha_bce_loss(x, mask), (alpha,))
     assert torch.autograd.gradcheck(sample_entropy_loss, (alpha,))
 

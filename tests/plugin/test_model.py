@@ -241,7 +241,7 @@ def test_skipping_changes_neither_losses_nor_gradients_where_what_is_skipped_is_
         results.append((losses, gradients(model, losses)))
     assert 0.1 < hull.float().mean() < 0.5
     (skipping, skipping_gradient), (full, full_gradient) = results
-    assert set(skipping) == set(full) and len(full) == 5
+    assert set(skipping) == set(full) and len(full) == 7
     for name, value in full.items():
         assert value > 1e-3
         torch.testing.assert_close(skipping[name], value, rtol=1e-5, atol=1e-7, msg=name)
@@ -307,10 +307,11 @@ def test_samples_in_the_hull_of_a_plain_ball_render_as_without_a_grid():
 # ---- building
 
 
-def test_losses_have_the_names_of_the_default_weights():
+def test_losses_have_the_names_of_the_default_weights_and_of_the_colour_loss_that_they_leave_out():
     from co3d_ensemble.config import TrainingConfig
 
-    assert set(nerf().losses(*all_rays(camera()), targets(96))) == set(TrainingConfig().loss_weights)
+    names = set(nerf().losses(*all_rays(camera()), targets(96)))
+    assert names == set(TrainingConfig().loss_weights) | {"loss_rgb", "loss_prev_stage_rgb"}
 
 
 def test_the_coarse_pass_takes_its_own_settings_and_only_those():

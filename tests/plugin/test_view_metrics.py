@@ -7,7 +7,7 @@ from pytorch3d.implicitron.models.renderer.base import ImplicitronRayBundle, Ren
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import co3d_ensemble.plugin  # noqa: F401 - registers the components
-from co3d_ensemble.functional.losses import alpha_bce_loss, roi_rgb_loss, sample_entropy_loss
+from co3d_ensemble.functional.losses import alpha_bce_loss, full_rgb_loss, roi_rgb_loss, sample_entropy_loss
 from co3d_ensemble.functional.types import RayTargets
 from co3d_ensemble.plugin.model import build_component
 
@@ -48,9 +48,11 @@ def ndc(column, row):
 def expected(result: RendererOutput, rgb, mask):
     return {
         "loss_roi_rgb": roi_rgb_loss(result.features.reshape(-1, 3), rgb, mask),
+        "loss_rgb": full_rgb_loss(result.features.reshape(-1, 3), rgb, mask),
         "loss_alpha_bce": alpha_bce_loss(result.masks.flatten(), mask),
         "loss_sample_entropy": sample_entropy_loss(result.aux["opacities"]),
         "loss_prev_stage_roi_rgb": roi_rgb_loss(result.prev_stage.features.reshape(-1, 3), rgb, mask),
+        "loss_prev_stage_rgb": full_rgb_loss(result.prev_stage.features.reshape(-1, 3), rgb, mask),
         "loss_prev_stage_alpha_bce": alpha_bce_loss(result.prev_stage.masks.flatten(), mask),
     }
 
@@ -135,7 +137,8 @@ def test_without_ground_truth_or_opacities_nothing_is_made_up():
     images, masks = pictures(3)
     assert metrics()(raymarched=result, ray_bundle=rays) == {}
     assert metrics()(raymarched=result, ray_bundle=rays, image_rgb=images) == {}
-    assert set(metrics()(raymarched=result, ray_bundle=rays, image_rgb=images, fg_probability=masks)) == {"loss_roi_rgb", "loss_alpha_bce"}
+    found = metrics()(raymarched=result, ray_bundle=rays, image_rgb=images, fg_probability=masks)
+    assert set(found) == {"loss_roi_rgb", "loss_rgb", "loss_alpha_bce"}
 
 
 @pytest.mark.parametrize("prefix", ["loss_", "val_"])
