@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from co3d_ensemble.config import ExperimentConfig, ModelConfig, validate
+from co3d_ensemble.config import ExperimentConfig, ImplicitronModelConfig, ModelConfig, validate
 from co3d_ensemble.data.audit import audit_subset, hold_out, usable_frames
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
 from co3d_ensemble.data.ray_bank import RayBank
@@ -23,6 +23,7 @@ from co3d_ensemble.functional.visual_hull import candidate_box, grid_resolution,
 from co3d_ensemble.plugin.frames import load_frames
 from co3d_ensemble.plugin.implicitron_model import ImplicitronModel
 from co3d_ensemble.plugin.model import ObjectModel, build_nerf
+from co3d_ensemble.plugin.source_views import SourceSettings
 from co3d_ensemble.training.implicitron_task import ImplicitronTask
 from co3d_ensemble.training.ray_bank_task import RayBankTask, evenly_spread
 from co3d_ensemble.training.task import Task
@@ -122,14 +123,19 @@ def build_model(config: Any, scene: Scene) -> ObjectModel | ImplicitronModel:
         height, width = scene.train[0].camera.height, scene.train[0].camera.width
         center, radius = scene.box.mean(dim=0), (scene.box[1] - scene.box[0]).norm() / 2
         spec = config.model.implicitron
-        return ImplicitronModel(
-            spec.model_class_type,
-            spec.args,
+        return _implicitron_model(
+            spec,
             render_size=(height, width),
             scene_sphere=(tuple(center.tolist()), float(radius)),
-            precision=spec.precision,
+            training_frames=scene.train,
+            encoder_weights=spec.encoder_weights,
         )
     return build_nerf(config.model, box=scene.box, grid_box=scene.grid_box, hull=scene.hull, near_far=scene.near_far)
+
+
+def _implicitron_model(spec: Any, **scene: Any) -> ImplicitronModel:
+    settings = SourceSettings(views=spec.source_views, min_views=spec.min_source_views, kept=spec.kept_photographs)
+    return ImplicitronModel(spec.model_class_type, spec.args, source_settings=settings, precision=spec.precision, **scene)
 
 
 def make_task(config: Any, training: Any, scene: Scene, device: torch.device) -> Task:
@@ -159,8 +165,8 @@ def make_task(config: Any, training: Any, scene: Scene, device: torch.device) ->
 def model_of_state(config: Any, state: dict[str, Tensor]) -> ObjectModel | ImplicitronModel:
     """An untrained model that the state dict of a trained one fits, without reading the data set."""
     if config.model.kind == "implicitron":
-        spec = config.model.implicitron
-        return ImplicitronModel(spec.model_class_type, spec.args, render_size=(64, 64), scene_sphere=None, precision=spec.precision)
+        spec = OmegaConf.merge(OmegaConf.structured(ImplicitronModelConfig), config.model.implicitron)  # of older runs, too
+        return _implicitron_model(spec, render_size=(64, 64))
     model = OmegaConf.merge(OmegaConf.structured(ModelConfig), config.model)
     near_far = state["near_far"].tolist()
     fixed = None if any(value != value for value in near_far) else (near_far[0], near_far[1])
