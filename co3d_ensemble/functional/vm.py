@@ -1,0 +1,319 @@
+"""Vector-matrix factorization of a 3D grid (Chen et al., "TensoRF", ECCV 2022, eq. 3): evaluate, resize, crop, penalize.
+
+Three modes, each a plane and the line across it: planes (n_u, n_v, C) over the axes (x, y), (x, z), (y, z), lines (n_w, C)
+over z, y, x. The channel is last, so a lookup reads C neighbouring numbers. Vertex i of n lies at i / (n - 1) of the box
+(``align_corners=True``); in between, values are bilinear and linear.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+PLANE_AXES = ((0, 1), (0, 2), (1, 2))
+LINE_AXES = (2, 1, 0)
+REFERENCE_RESOLUTION = 128  # where both normalizations of the total variation agree
+REFERENCE_TV_SCALE = 1e-2 * 2  # factors of the reference's TVLoss and of its sum over planes
+TV_NORMALIZATIONS = ("content", "reference")
+CACHE_BYTES = 1 << 20  # rows of a factor that a pass over it on the CPU keeps in the second-level cache
+
+Bags = tuple[Tensor, Tensor]  # per point: vertices that it reads (n, k) int32, and their weights (n, k)
+
+
+def vm_sum(planes: Sequence[Tensor], lines: Sequence[Tensor], positions: Tensor) -> Tensor:
+    """Sum over modes and components of plane times line: the density's use of the factorization.
+
+    Args:
+        planes: three of shape (n_u, n_v, C).
+        lines: three of shape (n_w, C).
+        positions: share of the box per axis, in [0, 1] (clamped), shape (n, 3). Has no gradient: positions are taken as
+            constants, for cameras and boxes are not trained here.
+
+    Returns:
+        Shape (n,). Differentiable once in the factors.
+    """
+    return _Products.apply(positions.detach(), True, *planes, *lines)
+
+
+def vm_concat(planes: Sequence[Tensor], lines: Sequence[Tensor], positions: Tensor) -> Tensor:
+    """The products of all modes side by side: the appearance's use. Arguments as for :func:`vm_sum`; shape (n, 3 C)."""
+    return _Products.apply(positions.detach(), False, *planes, *lines)
+
+
+class _Products(torch.autograd.Function):
+    """Both lookups are embedding bags; so is their adjoint, over the points sorted by vertex."""
+
+    @staticmethod
+    def forward(ctx, positions: Tensor, summed: bool, *factors: Tensor) -> Tensor:
+        planes, lines = factors[:3], factors[3:]
+        ctx.summed = summed
+        bags = _all_bags(positions, _resolution(lines))
+        ctx.save_for_backward(*factors, *(tensor for bag in bags for tensor in bag))
+        width = planes[0].shape[-1]
+        result = positions.new_zeros(len(positions)) if summed else positions.new_empty(len(positions), 3 * width)
+        for mode in range(3):
+            plane, line = _gather(planes[mode], *bags[mode]), _gather(lines[mode], *bags[3 + mode])
+            if summed:
+                result += torch.einsum("nc,nc->n", plane, line)
+            else:
+                torch.mul(plane, line, out=result[:, mode * width : (mode + 1) * width])
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        factors, flat = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        bags = list(zip(flat[::2], flat[1::2]))
+        width = factors[0].shape[-1]
+        gradients: list[Tensor | None] = [None] * 6
+        for mode in range(3):
+            part = grad[:, None] if ctx.summed else grad[:, mode * width : (mode + 1) * width]
+            for own, other in ((mode, 3 + mode), (3 + mode, mode)):
+                if ctx.needs_input_grad[2 + own]:
+                    # looked up again: as fast as reading a stored copy, and nothing per component is kept between the passes
+                    values = _gather(factors[other], *bags[other]).mul_(part)
+                    gradients[own] = _scatter(values, *bags[own], factors[own])
+        return None, None, *gradients
+
+
+def _resolution(lines: Sequence[Tensor]) -> tuple[int, int, int]:
+    return lines[2].shape[0], lines[1].shape[0], lines[0].shape[0]
+
+
+def _all_bags(positions: Tensor, resolution: tuple[int, int, int]) -> list[Bags]:
+    """Vertices and weights of every point in the three planes, then in the three lines."""
+    cells, upper = [], []
+    for axis, n in enumerate(resolution):
+        scaled = (positions[:, axis] * (n - 1)).clamp_(0, n - 1)
+        cells.append(scaled.int().clamp_(0, n - 2))  # the upper face belongs to the last cell; the clamp also catches NaN
+        upper.append(scaled.sub_(cells[-1]))
+    bags = []
+    for u, v in PLANE_AXES:
+        n_v, uv = resolution[v], upper[u] * upper[v]
+        corner = cells[u] * n_v + cells[v]
+        index = torch.stack((corner, corner + 1, corner + n_v, corner + n_v + 1), dim=1)
+        bags.append((index, torch.stack((1 - upper[u] - upper[v] + uv, upper[v] - uv, upper[u] - uv, uv), dim=1)))
+    for w in LINE_AXES:
+        bags.append((torch.stack((cells[w], cells[w] + 1), dim=1), torch.stack((1 - upper[w], upper[w]), dim=1)))
+    return bags
+
+
+def _gather(factor: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Weighted sums of ``k`` vertices: (n, C)."""
+    n, k = index.shape
+    # int32 offsets beside int32 indices: otherwise torch converts every index
+    offsets = torch.arange(0, n * k + 1, k, dtype=torch.int32, device=index.device)
+    return _bag_sums(factor.reshape(-1, factor.shape[-1]), index.reshape(-1), offsets, weight.reshape(-1))
+
+
+def _bag_sums(table: Tensor, index: Tensor, offsets: Tensor, weight: Tensor) -> Tensor:
+    return F.embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weight, include_last_offset=True)
+
+
+def _scatter(values: Tensor, index: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+    """The adjoint of :func:`_gather`: values (n, C) to the shape of ``factor``."""
+    n_vertices = factor.numel() // factor.shape[-1]
+    add = _scatter_sorted if values.device.type == "cpu" else _scatter_atomic
+    return add(values, index, weight, n_vertices).view(factor.shape)
+
+
+def _scatter_sorted(values: Tensor, index: Tensor, weight: Tensor, n_vertices: int) -> Tensor:
+    """One bag per vertex: every row of the result is written once, in the same order on every run."""
+    vertices, order = index.reshape(-1).sort(stable=True)  # stable: torch's radix sort
+    offsets = F.pad(torch.bincount(vertices, minlength=n_vertices).cumsum(0, dtype=torch.int32), (1, 0))
+    points = order.div(index.shape[1], rounding_mode="floor").int()
+    return _bag_sums(values, points, offsets, weight.reshape(-1)[order])
+
+
+def _scatter_atomic(values: Tensor, index: Tensor, weight: Tensor, n_vertices: int) -> Tensor:
+    """Corner by corner with atomic additions: on CUDA bags of a line's vertices would be long and few, and nothing waits."""
+    result = values.new_zeros(n_vertices, values.shape[1])
+    for corner in range(index.shape[1]):
+        result.index_add_(0, index[:, corner], values * weight[:, corner, None])
+    return result
+
+
+def resize(factor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A plane or line at other vertices of the same box: (bi)linear, ``align_corners=True``.
+
+    Linear in ``factor`` with weights >= 0 that sum to 1, so it also maps an EMA copy and both of Adam's moments; exact for
+    linear functions.
+
+    Args:
+        factor: shape (*old, C).
+        shape: vertices per axis, at least 2.
+
+    Raises:
+        ValueError: a shape of another dimension, or with less than 2 vertices.
+    """
+    if len(shape) != factor.dim() - 1 or min(shape) < 2:
+        raise ValueError(f"shape={tuple(shape)}: expected {factor.dim() - 1} sizes of at least 2")
+    for dim, n in enumerate(shape):
+        old = factor.shape[dim]
+        if old == n:
+            continue
+        # in float64: a vertex that lies on an old one must not miss it by a rounding error
+        position = torch.arange(n, dtype=torch.float64, device=factor.device) * (old - 1) / (n - 1)
+        lower = position.long().clamp_(max=old - 2)
+        weight = (position - lower).to(factor.dtype).view(-1, *[1] * (factor.dim() - 1 - dim))
+        factor = torch.lerp(factor.index_select(dim, lower), factor.index_select(dim, lower + 1), weight)
+    return factor.clone(memory_format=torch.contiguous_format)
+
+
+def crop(factor: Tensor, ranges: Sequence[tuple[int, int]]) -> Tensor:
+    """A copy of the vertices ``first .. last`` (inclusive) per axis.
+
+    Args:
+        factor: shape (*old, C).
+        ranges: (first, last) per axis, 0 <= first < last < old.
+
+    Raises:
+        ValueError: a range outside the factor or with less than 2 vertices.
+    """
+    if len(ranges) != factor.dim() - 1:
+        raise ValueError(f"ranges={tuple(ranges)}: expected {factor.dim() - 1}")
+    for dim, (first, last) in enumerate(ranges):
+        if not 0 <= first < last < factor.shape[dim]:
+            raise ValueError(f"vertices {first} .. {last} of {factor.shape[dim]} on axis {dim}: expected 0 <= first < last < size")
+        factor = factor.narrow(dim, first, last - first + 1)
+    return factor.clone(memory_format=torch.contiguous_format)
+
+
+def grid_resolution(n_voxels: int, sides: Sequence[float]) -> tuple[int, int, int]:
+    """Vertices per axis of a grid with about ``n_voxels`` cubic voxels in a box; at least 2.
+
+    Rounded to the nearest: truncation, as in the reference, can make 127 of 128^3.
+
+    Args:
+        sides: lengths of the box, > 0, any unit.
+
+    Raises:
+        ValueError: no voxel, or a side that is not positive and finite.
+    """
+    sides = [float(side) for side in sides]
+    if n_voxels < 1:
+        raise ValueError(f"n_voxels={n_voxels}: expected at least 1")
+    if len(sides) != 3 or not all(0 < side < math.inf for side in sides):
+        raise ValueError(f"sides={sides}: expected 3 positive finite lengths")
+    voxel = math.exp((sum(math.log(side) for side in sides) - math.log(n_voxels)) / 3)
+    return tuple(max(2, round(side / voxel)) for side in sides)
+
+
+def voxel_counts(first: int, last: int, n_changes: int) -> list[int]:
+    """Voxels after each of ``n_changes`` upsamplings from ``first``: equal factors, the last exactly ``last``.
+
+    Raises:
+        ValueError: counts below 1, or no change.
+    """
+    if first < 1 or last < 1 or n_changes < 1:
+        raise ValueError(f"first={first}, last={last}, n_changes={n_changes}: expected at least 1 of each")
+    ratio = math.log(last / first)
+    return [round(first * math.exp(ratio * i / n_changes)) for i in range(1, n_changes)] + [last]
+
+
+def vm_penalties(
+    planes: Sequence[Tensor],
+    lines: Sequence[Tensor],
+    *,
+    tv: bool = True,
+    l1: bool = True,
+    normalization: str = "content",
+    tv_lines: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Total variation and L1 sparsity of a factorization (TensoRF, section 4.1), unweighted scalars.
+
+    TV is ``1e-2 * 2 * sum over planes and axes of mean(d^2)``, d being the differences between neighbouring vertices.
+    ``"reference"`` takes d as it is: the same content then costs about 4 times less at twice the resolution.
+    ``"content"`` (default) takes d per length, ``d * (n - 1) / (128 - 1)`` on an axis of n vertices: the same content
+    costs the same at every resolution, and at 128 what it costs in the reference. (The length is that of the current
+    box.) L1 is ``sum mean|plane| + sum mean|line|``.
+
+    Both read a factor in one pass and write its gradient, together, in another; neither is differentiable twice.
+
+    Args:
+        planes, lines: shapes (n_u, n_v, C) and (n_w, C).
+        tv, l1: which are wanted; the other is None and costs nothing.
+        tv_lines: count the lines in TV too, as an early version of the reference.
+
+    Raises:
+        ValueError: unknown normalization.
+    """
+    if normalization not in TV_NORMALIZATIONS:
+        raise ValueError(f"normalization={normalization!r}: expected one of {', '.join(TV_NORMALIZATIONS)}")
+    values = []
+    for factor in (*planes, *lines):
+        with_tv = tv and (factor.dim() == 3 or tv_lines)
+        if with_tv or l1:
+            scales = _tv_scales(factor, normalization) if with_tv else (0.0,) * (factor.dim() - 1)
+            values.append(_Penalties.apply(factor, scales, 1 / factor.numel() if l1 else 0.0))
+    total = torch.stack(values).sum(dim=0) if values else [None, None]
+    return total[0] if tv else None, total[1] if l1 else None
+
+
+def _tv_scales(factor: Tensor, normalization: str) -> tuple[float, ...]:
+    """Per axis, the factor on the sum of squared differences."""
+    scales = []
+    for n in factor.shape[:-1]:
+        per_length = (n - 1) / (REFERENCE_RESOLUTION - 1) if normalization == "content" else 1.0
+        scales.append(REFERENCE_TV_SCALE * per_length**2 / (factor.numel() / n * (n - 1)))
+    return tuple(scales)
+
+
+class _Penalties(torch.autograd.Function):
+    """(TV, L1) of one factor, shape (2,). The gradient is formed in the backward pass, already scaled: forming it in the
+    forward pass would only add a pass that scales it."""
+
+    @staticmethod
+    def forward(ctx, factor: Tensor, tv_scales: tuple[float, ...], l1_scale: float) -> Tensor:
+        ctx.save_for_backward(factor)
+        ctx.scales = tv_scales, l1_scale
+        tv, l1 = [], []
+        for first, last in _chunks(factor):
+            rows = factor[first:last]
+            for axis, scale in enumerate(tv_scales):
+                if scale:
+                    difference = factor[first : last + 1].diff(dim=0) if axis == 0 else rows.diff(dim=axis)
+                    flat = difference.view(-1)
+                    tv.append(scale * flat.dot(flat))
+            if l1_scale:
+                l1.append(l1_scale * torch.linalg.vector_norm(rows, 1))
+        zero = factor.new_zeros(())
+        return torch.stack([torch.stack(part).sum() if part else zero for part in (tv, l1)])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (factor,) = ctx.saved_tensors
+        tv_scales, l1_scale = ctx.scales
+        upstream = grad.tolist() if grad.device.type == "cpu" else grad  # numbers where reading them waits for nothing
+        result = torch.empty_like(factor, memory_format=torch.contiguous_format)
+        for first, last in _chunks(factor):
+            rows, out = factor[first:last], result[first:last]
+            if l1_scale:
+                torch.sign(rows, out=out).mul_(upstream[1] * l1_scale)
+            else:
+                out.zero_()
+            for axis, scale in enumerate(tv_scales):
+                if not scale:
+                    continue
+                if axis == 0:
+                    start = max(first - 1, 0)
+                    step = factor[start : last + 1].diff(dim=0).mul_(upstream[0] * (2 * scale))
+                    out[start + 1 - first :] += step[: last - start - 1]
+                    out[: len(step) - (first - start)] -= step[first - start :]
+                else:
+                    step = rows.diff(dim=axis).mul_(upstream[0] * (2 * scale))
+                    out[:, 1:] += step
+                    out[:, :-1] -= step
+        return result, None, None
+
+
+def _chunks(factor: Tensor) -> list[tuple[int, int]]:
+    """Row ranges that fit the cache on the CPU; one elsewhere."""
+    rows = factor.shape[0]
+    step = rows if factor.device.type != "cpu" else max(1, CACHE_BYTES // (factor[0].numel() * factor.element_size()))
+    return [(first, min(first + step, rows)) for first in range(0, rows, step)]
