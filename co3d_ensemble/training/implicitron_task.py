@@ -1,7 +1,8 @@
 """Training one of Implicitron's own models on photographs, through the loop that trains ours.
 
-A step is Implicitron's: a few whole frames, masked by the model, of which the model samples its rays. Frames stay on
-the device as bytes and become floats when they are drawn.
+A step is Implicitron's: a few whole frames, masked by the model, of which the model samples its rays; for a model that
+pools features, followed by a random number of other frames to pool from. Frames stay on the device as bytes and become
+floats when they are drawn.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from co3d_ensemble.config import TrainingConfig
 from co3d_ensemble.functional.types import Frame
 from co3d_ensemble.plugin.frames import pytorch3d_cameras
 from co3d_ensemble.plugin.implicitron_model import ImplicitronModel
+from co3d_ensemble.plugin.source_views import check_equal_sizes
 from co3d_ensemble.training.validation import FrameValidation
 
 
@@ -41,13 +43,14 @@ class ImplicitronTask:
     ) -> None:
         """
         Raises:
-            ValueError: fewer training frames than ``frames_per_step``, no validation frame, or frames of different
-                sizes that would have to share a batch.
+            ValueError: fewer training frames than a step takes (``frames_per_step`` and the fewest source views), no validation
+                frame, frames of different sizes that would have to share a batch, or targets that the model would not render.
         """
         if not 1 <= frames_per_step <= len(train_frames):
             raise ValueError(f"frames_per_step={frames_per_step}: must be between 1 and the {len(train_frames)} training frames")
         if frames_per_step > 1:
-            _check_equal_sizes(train_frames)
+            check_equal_sizes(train_frames, f"frames_per_step={frames_per_step}")
+        self._source_counts = _source_counts(model, len(train_frames), frames_per_step)
         self.model = model.to(device)
         self.loss_weights = dict(model.loss_weights)
         self.rays_per_step = model.rays_per_step(frames_per_step)
@@ -62,8 +65,11 @@ class ImplicitronTask:
         return [{"params": list(self.model.parameters()), "name": "implicitron", "lr": self._lr}]
 
     def batch(self, step: int) -> dict[str, Any]:
-        """Keyword arguments of Implicitron's forward for frames drawn without repetition by torch's generator."""
-        drawn = [self._train[i] for i in torch.randperm(len(self._train))[: self._frames_per_step].tolist()]
+        """Keyword arguments of Implicitron's forward for frames drawn without repetition by torch's generator: targets, then sources."""
+        count = self._frames_per_step
+        if self._source_counts is not None:
+            count += int(torch.randint(self._source_counts[0], self._source_counts[1] + 1, ()))
+        drawn = [self._train[i] for i in torch.randperm(len(self._train))[:count].tolist()]
         mask = torch.stack([frame.mask for frame in drawn]).float() / 255
         return {
             "image_rgb": torch.stack([frame.rgb for frame in drawn]).float() / 255,
@@ -86,14 +92,22 @@ class ImplicitronTask:
         return False
 
 
-def _check_equal_sizes(frames: Sequence[Frame]) -> None:
-    first = frames[0]
-    for frame in frames:
-        if frame.rgb.shape != first.rgb.shape:
-            raise ValueError(
-                f"frames_per_step > 1 needs frames of one size: {first.name} has {tuple(first.rgb.shape[1:])}, "
-                f"{frame.name} {tuple(frame.rgb.shape[1:])} (height, width); use frames_per_step=1"
-            )
+def _source_counts(model: ImplicitronModel, n_frames: int, frames_per_step: int) -> tuple[int, int] | None:
+    """Fewest and most source views of a step, or None where the model pools no features."""
+    settings = model.source_settings
+    if settings is None:
+        return None
+    if model.n_targets != frames_per_step:
+        raise ValueError(
+            f"frames_per_step={frames_per_step}: this model pools features and renders n_train_target_views={model.n_targets or 0} "
+            "frames of a batch; the two must be equal"
+        )
+    if frames_per_step + settings.min_views > n_frames:
+        raise ValueError(
+            f"frames_per_step={frames_per_step} and min_source_views={settings.min_views} need "
+            f"{frames_per_step + settings.min_views} training frames, there are {n_frames}"
+        )
+    return settings.min_views, min(settings.views, n_frames - frames_per_step)
 
 
 def _resident(frame: Frame, device: torch.device | str) -> Frame:
