@@ -43,7 +43,7 @@ class VMField(nn.Module):
         n_harmonics_features, n_harmonics_dir: octaves of the encodings.
         density_shift, distance_scale: see above.
         init_std: of the factors' normal initialization (torch's default generator).
-        precision: autocast dtype of basis and MLP; outputs are float32.
+        precision: autocast dtype of the MLP; outputs are float32. (The basis is part of the lookup, always float32.)
         compile: run the MLP through ``torch.compile`` with dynamic shapes.
         tv_normalization, tv_lines: see :func:`co3d_ensemble.functional.vm.vm_penalties`.
 
@@ -140,9 +140,9 @@ class VMField(nn.Module):
         if on_cpu and self.dtype != torch.float32:
             padding = -n_points % CPU_ROWS
             points, ray = nn.functional.pad(points, (0, 0, 0, padding)), nn.functional.pad(ray, (0, padding))
-        products = vm.vm_concat(self.appearance_planes, self.appearance_lines, self._positions(points)[0])
+        features = vm.vm_project(self.appearance_planes, self.appearance_lines, self._positions(points)[0], self.basis.weight)
         chunk = CPU_CHUNK if on_cpu else max(1, len(points))
-        parts = [self._evaluate(p, encoded_dir, r) for p, r in zip(products.split(chunk), ray.split(chunk), strict=True)]
+        parts = [self._evaluate(f, encoded_dir, r) for f, r in zip(features.split(chunk), ray.split(chunk), strict=True)]
         return torch.cat(parts)[:n_points]
 
     def penalties(self, names: Collection[str] = PENALTIES) -> dict[str, Tensor]:
@@ -236,17 +236,15 @@ class VMField(nn.Module):
         inside = ((positions >= 0) & (positions <= 1)).all(dim=-1)
         return torch.where(inside[:, None], positions, 0), inside
 
-    def _evaluate(self, products: Tensor, encoded_dir: Tensor, ray: Tensor) -> Tensor:
-        with torch.autocast(products.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            return self._layers(products, encoded_dir.index_select(0, ray))
+    def _evaluate(self, features: Tensor, encoded_dir: Tensor, ray: Tensor) -> Tensor:
+        with torch.autocast(features.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            return self._layers(features, encoded_dir.index_select(0, ray))
 
-    def _forward_layers(self, products: Tensor, encoded_dir: Tensor) -> Tensor:
-        # encodings in float32: bfloat16 angles would have lost the higher octaves
-        features = self.basis(products).to(products.dtype)
+    def _forward_layers(self, features: Tensor, encoded_dir: Tensor) -> Tensor:
         hidden = torch.cat((harmonic_encoding(features, self.n_harmonics_features), encoded_dir), dim=-1)
         for layer in self.mlp[:-1]:
             hidden = layer(hidden).relu()
-        return self.mlp[-1](hidden).to(products.dtype).sigmoid()
+        return self.mlp[-1](hidden).to(features.dtype).sigmoid()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Gives the factors the shapes of the stored ones before they are read; the parameters stay the same objects."""

@@ -19,7 +19,8 @@ LINE_AXES = (2, 1, 0)
 REFERENCE_RESOLUTION = 128  # where both normalizations of the total variation agree
 REFERENCE_TV_SCALE = 1e-2 * 2  # factors of the reference's TVLoss and of its sum over planes
 TV_NORMALIZATIONS = ("content", "reference")
-CACHE_BYTES = 1 << 20  # rows of a factor that a pass over it on the CPU keeps in the second-level cache
+CACHE_BYTES = 1 << 20  # what a pass over points or over rows of a factor keeps in the CPU's second-level cache
+INT16_VALUES = 1 << 15
 
 Bags = tuple[Tensor, Tensor]  # per point: vertices that it reads (n, k) int32, and their weights (n, k)
 
@@ -36,48 +37,74 @@ def vm_sum(planes: Sequence[Tensor], lines: Sequence[Tensor], positions: Tensor)
     Returns:
         Shape (n,). Differentiable once in the factors.
     """
-    return _Products.apply(positions.detach(), True, *planes, *lines)
+    return _Products.apply(positions.detach(), None, *planes, *lines)[:, 0]
 
 
-def vm_concat(planes: Sequence[Tensor], lines: Sequence[Tensor], positions: Tensor) -> Tensor:
-    """The products of all modes side by side: the appearance's use. Arguments as for :func:`vm_sum`; shape (n, 3 C)."""
-    return _Products.apply(positions.detach(), False, *planes, *lines)
+def vm_project(planes: Sequence[Tensor], lines: Sequence[Tensor], positions: Tensor, basis: Tensor) -> Tensor:
+    """The products of all modes side by side, (n, 3 C), times a basis: the appearance's use.
+
+    The products themselves are never stored: at 48 components they and their gradient would cost more memory traffic than
+    the lookups. The identity as basis returns them.
+
+    Args:
+        basis: shape (n_features, 3 C). Others as for :func:`vm_sum`.
+
+    Returns:
+        Shape (n, n_features). Differentiable once in the factors and the basis.
+    """
+    return _Products.apply(positions.detach(), basis, *planes, *lines)
 
 
 class _Products(torch.autograd.Function):
     """Both lookups are embedding bags; so is their adjoint, over the points sorted by vertex."""
 
     @staticmethod
-    def forward(ctx, positions: Tensor, summed: bool, *factors: Tensor) -> Tensor:
-        planes, lines = factors[:3], factors[3:]
-        ctx.summed = summed
-        bags = _all_bags(positions, _resolution(lines))
-        ctx.save_for_backward(*factors, *(tensor for bag in bags for tensor in bag))
-        width = planes[0].shape[-1]
-        result = positions.new_zeros(len(positions)) if summed else positions.new_empty(len(positions), 3 * width)
-        for mode in range(3):
-            plane, line = _gather(planes[mode], *bags[mode]), _gather(lines[mode], *bags[3 + mode])
-            if summed:
-                result += torch.einsum("nc,nc->n", plane, line)
-            else:
-                torch.mul(plane, line, out=result[:, mode * width : (mode + 1) * width])
+    def forward(ctx, positions: Tensor, basis: Tensor | None, *factors: Tensor) -> Tensor:
+        bags = _all_bags(positions, _resolution(factors[3:]))
+        ctx.save_for_backward(basis, *factors, *(tensor for bag in bags for tensor in bag))
+        result = positions.new_zeros(len(positions), 1 if basis is None else len(basis))
+        for part in _point_chunks(factors[0], len(positions)):
+            for mode in range(3):
+                products = _gather(factors[mode], *bags[mode], part).mul_(_gather(factors[3 + mode], *bags[3 + mode], part))
+                if basis is None:
+                    result[part] += products.sum(dim=1, keepdim=True)
+                else:
+                    result[part].addmm_(products, _basis_of(basis, mode).T)
         return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        factors, flat = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        bags = list(zip(flat[::2], flat[1::2]))
-        width = factors[0].shape[-1]
-        gradients: list[Tensor | None] = [None] * 6
+        basis, *rest = ctx.saved_tensors
+        factors, bags = rest[:6], list(zip(rest[6::2], rest[7::2]))
+        gradients: list[Tensor] = [None] * 6
+        basis_gradient = None if basis is None else torch.zeros_like(basis)
+        plane_values, line_values = (grad.new_empty(len(grad), factors[0].shape[-1]) for _ in range(2))
         for mode in range(3):
-            part = grad[:, None] if ctx.summed else grad[:, mode * width : (mode + 1) * width]
-            for own, other in ((mode, 3 + mode), (3 + mode, mode)):
-                if ctx.needs_input_grad[2 + own]:
-                    # looked up again: as fast as reading a stored copy, and nothing per component is kept between the passes
-                    values = _gather(factors[other], *bags[other]).mul_(part)
-                    gradients[own] = _scatter(values, *bags[own], factors[own])
-        return None, None, *gradients
+            for part in _point_chunks(factors[0], len(grad)):
+                # looked up again: as fast as reading a stored copy, and nothing per component is kept between the passes
+                plane, line = (_gather(factors[i], *bags[i], part) for i in (mode, 3 + mode))
+                upstream = grad[part]
+                if basis is not None:
+                    _basis_of(basis_gradient, mode).addmm_(upstream.T, plane * line)
+                    upstream = upstream @ _basis_of(basis, mode)
+                torch.mul(line, upstream, out=plane_values[part])
+                torch.mul(plane, upstream, out=line_values[part])
+            gradients[mode] = _scatter(plane_values, *bags[mode], factors[mode])
+            gradients[3 + mode] = _scatter(line_values, *bags[3 + mode], factors[3 + mode])
+        return None, basis_gradient, *gradients
+
+
+def _basis_of(basis: Tensor, mode: int) -> Tensor:
+    """The columns of one mode: (n_features, C), a view."""
+    width = basis.shape[1] // 3
+    return basis[:, mode * width : (mode + 1) * width]
+
+
+def _point_chunks(factor: Tensor, n_points: int) -> list[slice]:
+    """Points whose components fit the cache on the CPU; all elsewhere."""
+    step = max(1, n_points) if factor.device.type != "cpu" else max(1, CACHE_BYTES // (factor.shape[-1] * factor.element_size()))
+    return [slice(first, first + step) for first in range(0, n_points, step)]
 
 
 def _resolution(lines: Sequence[Tensor]) -> tuple[int, int, int]:
@@ -102,8 +129,9 @@ def _all_bags(positions: Tensor, resolution: tuple[int, int, int]) -> list[Bags]
     return bags
 
 
-def _gather(factor: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """Weighted sums of ``k`` vertices: (n, C)."""
+def _gather(factor: Tensor, index: Tensor, weight: Tensor, part: slice) -> Tensor:
+    """Weighted sums of ``k`` vertices for some of the points: (n, C)."""
+    index, weight = index[part], weight[part]
     n, k = index.shape
     # int32 offsets beside int32 indices: otherwise torch converts every index
     offsets = torch.arange(0, n * k + 1, k, dtype=torch.int32, device=index.device)
@@ -123,10 +151,12 @@ def _scatter(values: Tensor, index: Tensor, weight: Tensor, factor: Tensor) -> T
 
 def _scatter_sorted(values: Tensor, index: Tensor, weight: Tensor, n_vertices: int) -> Tensor:
     """One bag per vertex: every row of the result is written once, in the same order on every run."""
-    vertices, order = index.reshape(-1).sort(stable=True)  # stable: torch's radix sort
+    vertices = index.reshape(-1)
+    # stable: torch's radix sort, whose passes are as many as the key has bytes
+    order = (vertices.short() if n_vertices <= INT16_VALUES else vertices).sort(stable=True).indices
     offsets = F.pad(torch.bincount(vertices, minlength=n_vertices).cumsum(0, dtype=torch.int32), (1, 0))
-    points = order.div(index.shape[1], rounding_mode="floor").int()
-    return _bag_sums(values, points, offsets, weight.reshape(-1)[order])
+    points = order.int() >> (index.shape[1] // 2)  # entry to point: 2 or 4 entries each
+    return _bag_sums(values, points, offsets, weight.reshape(-1).index_select(0, order))
 
 
 def _scatter_atomic(values: Tensor, index: Tensor, weight: Tensor, n_vertices: int) -> Tensor:
