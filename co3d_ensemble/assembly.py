@@ -18,14 +18,16 @@ from co3d_ensemble.config import ExperimentConfig, ImplicitronModelConfig, Model
 from co3d_ensemble.data.audit import audit_subset, hold_out, usable_frames
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
 from co3d_ensemble.data.ray_bank import RayBank
+from co3d_ensemble.fields.vm_field import PENALTIES
 from co3d_ensemble.functional.types import Frame
 from co3d_ensemble.functional.visual_hull import candidate_box, grid_resolution, visual_hull
 from co3d_ensemble.plugin.frames import load_frames
 from co3d_ensemble.plugin.implicitron_model import ImplicitronModel
 from co3d_ensemble.plugin.model import ObjectModel, build_nerf
 from co3d_ensemble.plugin.source_views import SourceSettings
+from co3d_ensemble.plugin.tensorf_model import build_tensorf
 from co3d_ensemble.training.implicitron_task import ImplicitronTask
-from co3d_ensemble.training.ray_bank_task import RayBankTask, evenly_spread
+from co3d_ensemble.training.ray_bank_task import GridTask, RayBankTask, evenly_spread
 from co3d_ensemble.training.task import Task
 from co3d_ensemble.training.validation import FrameValidation
 
@@ -130,12 +132,21 @@ def build_model(config: Any, scene: Scene) -> ObjectModel | ImplicitronModel:
             training_frames=scene.train,
             encoder_weights=spec.encoder_weights,
         )
+    if config.model.kind == "tensorf":
+        # rays are clipped to the box whatever the bounds; fixed distances are carved by nothing
+        hull = scene.hull if scene.near_far is None else None
+        return build_tensorf(config.model, box=scene.box, hull=hull, penalties=_penalties(config.training))
     return build_nerf(config.model, box=scene.box, grid_box=scene.grid_box, hull=scene.hull, near_far=scene.near_far)
 
 
 def _implicitron_model(spec: Any, **scene: Any) -> ImplicitronModel:
     settings = SourceSettings(views=spec.source_views, min_views=spec.min_source_views, kept=spec.kept_photographs)
     return ImplicitronModel(spec.model_class_type, spec.args, source_settings=settings, precision=spec.precision, **scene)
+
+
+def _penalties(training: Any) -> list[str]:
+    """Penalties of VM factors that have a weight."""
+    return [name for name in PENALTIES if training.loss_weights.get(f"loss_{name}") is not None]
 
 
 def make_task(config: Any, training: Any, scene: Scene, device: torch.device) -> Task:
@@ -151,7 +162,10 @@ def make_task(config: Any, training: Any, scene: Scene, device: torch.device) ->
             chunk_rays=config.rendering.chunk_rays,
             device=device,
         )
-    return RayBankTask(
+    make, more = RayBankTask, {}
+    if config.model.kind == "tensorf":
+        make, more = GridTask, {"resolution": config.model.tensorf.resolution, "grid": config.model.grid}
+    return make(
         model.to(device),
         RayBank(scene.train, device),
         FrameValidation(scene.val),
@@ -159,6 +173,7 @@ def make_task(config: Any, training: Any, scene: Scene, device: torch.device) ->
         occupancy=config.model.occupancy,
         jitter=config.model.camera_jitter,
         chunk_rays=config.rendering.chunk_rays,
+        **more,
     )
 
 
@@ -168,6 +183,9 @@ def model_of_state(config: Any, state: dict[str, Tensor]) -> ObjectModel | Impli
         spec = OmegaConf.merge(OmegaConf.structured(ImplicitronModelConfig), config.model.implicitron)  # of older runs, too
         return _implicitron_model(spec, render_size=(64, 64))
     model = OmegaConf.merge(OmegaConf.structured(ModelConfig), config.model)
+    if model.kind == "tensorf":
+        hull = state.get("renderer.occupancy.hull")
+        return build_tensorf(model, box=state["functions.0.box"], hull=hull, penalties=_penalties(config.training))
     near_far = state["near_far"].tolist()
     fixed = None if any(value != value for value in near_far) else (near_far[0], near_far[1])
     grid = {name: state.get(f"renderer.occupancy.{name}") for name in ("box", "hull")}

@@ -8,9 +8,18 @@ from co3d_ensemble.plugin import compat
 
 RUNS_ON_STAND_INS = compat.install()
 
-from co3d_ensemble.plugin.implicit_functions import NeRFImplicitFunction  # noqa: E402
+from co3d_ensemble.plugin.implicit_functions import NeRFImplicitFunction, TensoRFImplicitFunction  # noqa: E402
 from co3d_ensemble.plugin.raymarcher import OpacityRaymarcher  # noqa: E402
+from co3d_ensemble.plugin.regularization import VMRegularization  # noqa: E402
 from co3d_ensemble.plugin.renderer import OccupancyAwareRenderer  # noqa: E402
 from co3d_ensemble.plugin.view_metrics import RecipeViewMetrics  # noqa: E402
 
-__all__ = ["NeRFImplicitFunction", "OccupancyAwareRenderer", "OpacityRaymarcher", "RecipeViewMetrics", "RUNS_ON_STAND_INS"]
+__all__ = [
+    "NeRFImplicitFunction",
+    "OccupancyAwareRenderer",
+    "OpacityRaymarcher",
+    "RecipeViewMetrics",
+    "RUNS_ON_STAND_INS",
+    "TensoRFImplicitFunction",
+    "VMRegularization",
+]

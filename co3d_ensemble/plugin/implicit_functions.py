@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,14 +11,85 @@ from pytorch3d.implicitron.models.renderer.base import ImplicitronRayBundle
 from pytorch3d.implicitron.tools.config import registry
 from torch import Tensor
 
-from co3d_ensemble.config import NeRFConfig
+from co3d_ensemble.config import NeRFConfig, TensoRFConfig
 from co3d_ensemble.fields.compaction import Compaction
 from co3d_ensemble.fields.radiance_mlp import RadianceMLP, density_activation
+from co3d_ensemble.fields.vm_field import VMField
 from co3d_ensemble.functional.cameras import random_rotation_vector, so3_exp
+from co3d_ensemble.functional.vm import grid_resolution
+from co3d_ensemble.functional.volume_rendering import interval_lengths, rendering_weights
+
+
+@dataclass(frozen=True)
+class _Rays:
+    """A bundle's rays as one list, and its samples as one list of them.
+
+    Attributes:
+        origins, directions: shape (n_rays, 3).
+        lengths: shape (n_rays, n_samples).
+    """
+
+    origins: Tensor
+    directions: Tensor
+    lengths: Tensor
+
+    @classmethod
+    def of(cls, bundle: ImplicitronRayBundle) -> _Rays:
+        lengths = bundle.lengths.reshape(-1, bundle.lengths.shape[-1])
+        return cls(bundle.origins.reshape(-1, 3), bundle.directions.reshape(-1, 3), lengths)
+
+    def every(self) -> Tensor:
+        """Index of every sample, (n_rays * n_samples,)."""
+        return torch.arange(self.lengths.numel(), device=self.lengths.device)
+
+    def points(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """World points (n, 3) and rays (n,) of samples (n,); the padding of a compaction becomes the last sample."""
+        sample = index.clamp(max=max(self.lengths.numel() - 1, 0))  # it is evaluated and thrown away
+        ray = torch.div(sample, self.lengths.shape[-1], rounding_mode="floor")
+        return torch.addcmul(self.origins[ray], self.lengths.reshape(-1)[sample, None], self.directions[ray]), ray
+
+    def spread(self, values: Tensor, index: Tensor) -> Tensor:
+        """Values (n, ...) of samples (n,) among zeros for all the others, (n_rays * n_samples, ...)."""
+        room = values.new_zeros(self.lengths.numel() + 1, *values.shape[1:])  # one place more, for the padding
+        return room.index_copy(0, index, values)[:-1]
+
+
+class _FunctionInBox:
+    """What the fields' components share: the object's box, the jitter that belongs to a field, selection of samples.
+
+    A component that inherits it has the settings ``box_min``, ``box_max``, ``gauge_angle_std``, ``view_jitter_angle_std``.
+    """
+
+    def _set_up_box(self) -> None:
+        self.register_buffer("box", torch.tensor([list(self.box_min), list(self.box_max)]))
+        if not (self.box[1] > self.box[0]).all():
+            raise ValueError(f"box_min={self.box_min} must lie below box_max={self.box_max}")
+        self.register_buffer("gauge", so3_exp(random_rotation_vector(self.gauge_angle_std, ())))
+        self._compaction = Compaction()
+
+    @property
+    def center(self) -> Tensor:
+        return self.box.mean(dim=0)
+
+    def adapt_capacity(self) -> None:
+        """Lets training steps run without waiting for the device from now on; see :class:`Compaction`. This call waits."""
+        self._compaction.adapt()
+
+    def _select(self, chosen: Tensor, compaction: Compaction) -> Tensor:
+        """Index of the chosen samples (any shape, bool) in the flat list; of fixed size in training."""
+        return compaction(chosen) if self.training else chosen.reshape(-1).nonzero()[:, 0]
+
+    def _seen_directions(self, directions: Tensor) -> Tensor:
+        """Unit directions (n_rays, 3) for the colour head, in the field's gauge; in training with the view jitter."""
+        seen = torch.nn.functional.normalize(directions, dim=-1)
+        if self.training and self.view_jitter_angle_std > 0:
+            turn = so3_exp(random_rotation_vector(self.view_jitter_angle_std, seen.shape[:1], seen.device))
+            seen = (turn @ seen[..., None])[..., 0]
+        return seen @ self.gauge.T
 
 
 @registry.register
-class NeRFImplicitFunction(NeRFConfig, ImplicitFunctionBase, torch.nn.Module):
+class NeRFImplicitFunction(_FunctionInBox, NeRFConfig, ImplicitFunctionBase, torch.nn.Module):
     """Component: NeRF's MLP on box coordinates. Settings: ``co3d_ensemble.config.NeRFConfig`` and those below.
 
     Points enter in units of the object's box: ``(x - centre) / (half of its longest side)``, and density leaves per
@@ -36,11 +108,7 @@ class NeRFImplicitFunction(NeRFConfig, ImplicitFunctionBase, torch.nn.Module):
     view_jitter_angle_std: float = 0.0
 
     def __post_init__(self) -> None:
-        self.register_buffer("box", torch.tensor([list(self.box_min), list(self.box_max)]))
-        if not (self.box[1] > self.box[0]).all():
-            raise ValueError(f"box_min={self.box_min} must lie below box_max={self.box_max}")
-        self.register_buffer("gauge", so3_exp(random_rotation_vector(self.gauge_angle_std, ())))
-        self._compaction = Compaction()
+        self._set_up_box()
         density_activation(torch.zeros(1), self.density_activation)  # refuses an unknown name now, not at the first step
         self.mlp = RadianceMLP(
             n_layers=self.n_layers,
@@ -57,20 +125,18 @@ class NeRFImplicitFunction(NeRFConfig, ImplicitFunctionBase, torch.nn.Module):
     def allows_multiple_passes() -> bool:
         return True
 
-    def adapt_capacity(self) -> None:
-        """Lets training steps run without waiting for the device from now on; see :class:`Compaction`. This call waits."""
-        self._compaction.adapt()
-
     @property
     def unit(self) -> Tensor:
         """Half of the box's longest side, world units."""
         return (self.box[1] - self.box[0]).max() / 2
 
-    def density_and_color(self, points: Tensor, directions: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
-        """World points (n, 3), unit directions (n_rays, 3) and each point's ray (n,) to density per world unit (n,) and
-        colour (n, 3)."""
-        local = (points - self.box.mean(dim=0)) / self.unit @ self.gauge.T
-        raw, color = self.mlp(local, directions @ self.gauge.T, ray)
+    def density(self, points: Tensor) -> Tensor:
+        """Density per world unit (n,) at world points (n, 3), in training with its noise."""
+        direction = points.new_tensor([[0.0, 0.0, 1.0]])
+        return self._density_and_color(points, direction, torch.zeros(len(points), dtype=torch.long, device=points.device))[0]
+
+    def _density_and_color(self, points: Tensor, seen: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
+        raw, color = self.mlp((points - self.center) / self.unit @ self.gauge.T, seen, ray)
         if self.training and self.density_noise_std > 0:
             raw = raw + torch.randn_like(raw) * self.density_noise_std
         density = density_activation(raw + self.density_bias, self.density_activation)
@@ -87,22 +153,84 @@ class NeRFImplicitFunction(NeRFConfig, ImplicitFunctionBase, torch.nn.Module):
         Returns:
             density (..., n_samples, 1) per world unit, colour (..., n_samples, 3) in [0, 1], {}.
         """
-        lengths = ray_bundle.lengths
-        n_samples = lengths.shape[-1]
-        origins, directions = ray_bundle.origins.reshape(-1, 3), ray_bundle.directions.reshape(-1, 3)
-        if occupied is None:
-            index = sample = torch.arange(lengths.numel(), device=lengths.device)
-        else:
-            index = self._compaction(occupied) if self.training else occupied.reshape(-1).nonzero()[:, 0]
-            sample = index.clamp(max=max(lengths.numel() - 1, 0))  # padding evaluates the last sample and is thrown away
-        ray = torch.div(sample, n_samples, rounding_mode="floor")
-        points = torch.addcmul(origins[ray], lengths.reshape(-1)[sample, None], directions[ray])
-        seen = torch.nn.functional.normalize(directions, dim=-1)
-        if self.training and self.view_jitter_angle_std > 0:
-            turn = so3_exp(random_rotation_vector(self.view_jitter_angle_std, seen.shape[:1], seen.device))
-            seen = (turn @ seen[..., None])[..., 0]
-        density, color = self.density_and_color(points, seen, ray)
-        if occupied is not None:  # one place more than there are samples, for the padding
-            density = density.new_zeros(lengths.numel() + 1).index_copy(0, index, density)[:-1]
-            color = color.new_zeros(lengths.numel() + 1, 3).index_copy(0, index, color)[:-1]
-        return density.reshape(*lengths.shape, 1), color.reshape(*lengths.shape, 3), {}
+        rays, shape = _Rays.of(ray_bundle), ray_bundle.lengths.shape
+        index = rays.every() if occupied is None else self._select(occupied, self._compaction)
+        points, ray = rays.points(index)
+        density, color = self._density_and_color(points, self._seen_directions(rays.directions), ray)
+        if occupied is not None:
+            density, color = rays.spread(density, index), rays.spread(color, index)
+        return density.reshape(*shape, 1), color.reshape(*shape, 3), {}
+
+
+@registry.register
+class TensoRFImplicitFunction(_FunctionInBox, TensoRFConfig, ImplicitFunctionBase, torch.nn.Module):
+    """Component: a VM-factorized field, in a single pass. Settings: ``co3d_ensemble.config.TensoRFConfig`` and those below.
+
+    Densities are computed first; a sample whose weight along its ray is below ``color_threshold`` gets colour 0 and costs
+    no colour network. With a gauge the grid is aligned to the rotated world and covers the rotated box.
+
+    Args:
+        box_min, box_max: the object's box in world units at the start; its longest side is the unit of densities, also
+            after the grid was cropped.
+        gauge_angle_std, view_jitter_angle_std: as in :class:`NeRFImplicitFunction`.
+    """
+
+    box_min: tuple[float, float, float] = (-1.0, -1.0, -1.0)
+    box_max: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    gauge_angle_std: float = 0.0
+    view_jitter_angle_std: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._set_up_box()
+        self._color_compaction = Compaction()
+        corners = torch.cartesian_prod(*self.box.T)
+        local = self.to_field(corners)
+        box = torch.stack((local.amin(dim=0), local.amax(dim=0)))
+        longer = float((box[1] - box[0]).max() / (self.box[1] - self.box[0]).max())  # 1 without a gauge: the unit is the object's
+        self.field = VMField(
+            box,
+            resolution=grid_resolution(self.resolution**3, (box[1] - box[0]).tolist()),
+            n_density=self.n_density,
+            n_appearance=self.n_appearance,
+            n_features=self.n_features,
+            n_hidden=self.n_hidden,
+            n_harmonics_features=self.n_harmonics_features,
+            n_harmonics_dir=self.n_harmonics_dir,
+            density_shift=self.density_shift,
+            distance_scale=self.distance_scale * longer,
+            init_std=self.init_std,
+            tv_normalization=self.tv_normalization,
+            tv_lines=self.tv_lines,
+            precision=self.precision,
+            compile=self.compile,
+        )
+
+    @staticmethod
+    def allows_multiple_passes() -> bool:
+        return False
+
+    def adapt_capacity(self) -> None:
+        super().adapt_capacity()
+        self._color_compaction.adapt()
+
+    def to_field(self, points: Tensor) -> Tensor:
+        """World points (..., 3) in the frame that the grid is aligned to: rotated by the gauge about the box's centre."""
+        return (points - self.center) @ self.gauge.T + self.center
+
+    def density(self, points: Tensor) -> Tensor:
+        """Density per world unit (n,) at world points (n, 3)."""
+        return self.field.density(self.to_field(points))
+
+    def forward(
+        self, *, ray_bundle: ImplicitronRayBundle, occupied: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """As :meth:`NeRFImplicitFunction.forward`; the colour of samples with a small weight is 0."""
+        rays, shape = _Rays.of(ray_bundle), ray_bundle.lengths.shape
+        index = rays.every() if occupied is None else self._select(occupied, self._compaction)
+        density = rays.spread(self.density(rays.points(index)[0]), index).reshape(rays.lengths.shape)
+        with torch.no_grad():
+            weights, _, _ = rendering_weights(density, interval_lengths(rays.lengths))
+            colored = self._select(weights > self.color_threshold, self._color_compaction)
+        points, ray = rays.points(colored)
+        color = rays.spread(self.field.color(self.to_field(points), self._seen_directions(rays.directions), ray), colored)
+        return density.reshape(*shape, 1), color.reshape(*shape, 3), {}

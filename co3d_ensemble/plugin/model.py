@@ -13,7 +13,7 @@ from pytorch3d.implicitron.models.renderer.base import BaseRenderer, EvaluationM
 from pytorch3d.implicitron.tools.config import expand_args_fields, get_default_args, registry
 from torch import Tensor, nn
 
-from co3d_ensemble.config import ModelConfig
+from co3d_ensemble.config import ModelConfig, OccupancyConfig
 from co3d_ensemble.fields.occupancy import OccupancyGrid
 from co3d_ensemble.functional.cameras import distance_to_depth, intersect_box, pixel_centers, pixel_rays
 from co3d_ensemble.functional.types import SURFACE_ALPHA, PinholeCamera, RayTargets, RenderedView
@@ -90,6 +90,10 @@ class ObjectModel(nn.Module):
         output, bundle = self(origins, directions)
         return self.view_metrics(raymarched=output, ray_bundle=bundle, targets=targets)
 
+    def parameter_groups(self, lr: float, lr_network: float | None) -> list[dict[str, Any]]:
+        """Adam's groups with their learning rates after the warm-up; ``lr_network`` is for fields that are not all network."""
+        return [{"params": list(self.parameters()), "name": "field", "lr": lr}]
+
     @torch.no_grad()
     def render_view(self, camera: PinholeCamera, chunk_rays: int) -> RenderedView:
         """Renders a camera at its own size, ``chunk_rays`` at a time, deterministically.
@@ -127,10 +131,7 @@ class ObjectModel(nn.Module):
         """Largest density over the passes at world points (n, 3): (n,) per world unit. Without noise."""
         was_training = self.training
         self.eval()
-        direction = torch.zeros_like(points[:1])
-        direction[:, 2] = 1
-        ray = torch.zeros(len(points), dtype=torch.long, device=points.device)
-        density = torch.stack([function.density_and_color(points, direction, ray)[0] for function in self.functions]).amax(dim=0)
+        density = torch.stack([function.density(points) for function in self.functions]).amax(dim=0)
         self.train(was_training)
         return density
 
@@ -154,27 +155,13 @@ def build_nerf(
     """
     config = OmegaConf.merge(OmegaConf.structured(ModelConfig), config)
     grid_box = box if grid_box is None else grid_box
-    settings = OmegaConf.to_container(config.nerf)
-    jitter = config.camera_jitter
-    settings |= {
-        "box_min": box[0].tolist(),
-        "box_max": box[1].tolist(),
-        "gauge_angle_std": jitter.angle_std if jitter.mode == "fixed_gauge" else 0.0,
-        "view_jitter_angle_std": jitter.angle_std if jitter.mode == "view_direction" else 0.0,
-    }
+    settings = OmegaConf.to_container(config.nerf) | box_settings(config, box)
     functions = [
         build_component(ImplicitFunctionBase, "NeRFImplicitFunction", settings | dict(config.coarse_overrides)),
         build_component(ImplicitFunctionBase, "NeRFImplicitFunction", settings),
     ]
     functions[0].gauge.copy_(functions[1].gauge)  # one world, one gauge
     renderer = build_component(BaseRenderer, "OccupancyAwareRenderer", OmegaConf.to_container(config.renderer))
-    occupancy = None
-    if config.occupancy.enabled:
-        if hull is None:
-            hull = torch.ones(grid_resolution(grid_box, config.occupancy.resolution), dtype=torch.bool, device=box.device)
-        occupancy = OccupancyGrid(
-            grid_box, hull, opacity_threshold=config.occupancy.opacity_threshold, decay=config.occupancy.decay
-        )
     return ObjectModel(
         functions,
         renderer,
@@ -182,5 +169,25 @@ def build_nerf(
         n_pts_per_ray=config.renderer.n_pts_per_ray_coarse,
         box=box,
         near_far=near_far,
-        occupancy=occupancy,
+        occupancy=build_occupancy(config.occupancy, grid_box, hull),
     )
+
+
+def box_settings(config: ModelConfig, box: Tensor) -> dict[str, Any]:
+    """What a field's component takes besides its own settings: the object's box (2, 3) and the jitter that belongs to a field."""
+    jitter = config.camera_jitter
+    return {
+        "box_min": box[0].tolist(),
+        "box_max": box[1].tolist(),
+        "gauge_angle_std": jitter.angle_std if jitter.mode == "fixed_gauge" else 0.0,
+        "view_jitter_angle_std": jitter.angle_std if jitter.mode == "view_direction" else 0.0,
+    }
+
+
+def build_occupancy(config: OccupancyConfig, box: Tensor, hull: Tensor | None) -> OccupancyGrid | None:
+    """The grid that a renderer skips by, over ``box`` (2, 3), full where ``hull`` is None; None where skipping is off."""
+    if not config.enabled:
+        return None
+    if hull is None:
+        hull = torch.ones(grid_resolution(box, config.resolution), dtype=torch.bool, device=box.device)
+    return OccupancyGrid(box, hull, opacity_threshold=config.opacity_threshold, decay=config.decay)

@@ -31,8 +31,9 @@ def fit_budget(make_task: Callable[[Any], Task], run: RunDirectory, device: torc
     seed as if nothing had happened. The result goes to ``config.yaml`` and ``budget.json``, from where every resume takes
     it. What the probe took counts against the budget, and so do validations (one measured) as often as ``validate_every``
     says and structure changes (one measured, where the task has ``structure_seconds``) as often as the task says: they are
-    due at shares of ``max_steps``, so the few timed steps hold none. Speed is that of a run's beginning: a model that learns
-    to skip empty space ends early, one that grows its grid ends late. Checkpoints are not counted.
+    due at shares of ``max_steps``, so the few timed steps hold none. Speed is that of a run's beginning, or of the state
+    that ``settle`` brings the task to where it has that: a model that learns to skip empty space, or starts with a small
+    grid, ends early. Checkpoints are not counted.
 
     Args:
         make_task: builds the task from the training settings; called with torch's generators seeded for initialisation.
@@ -88,6 +89,8 @@ class _Probe:
 def _probe(make_task: Callable[[Any], Task], config: DictConfig, device: torch.device, seconds: float) -> _Probe:
     seed_default_generators(config.seed, INITIALISATION)
     task = make_task(config)
+    if hasattr(task, "settle"):
+        task.settle()
     task.model.train()
     stepper = Stepper(task, config, deferred=device.type == "cuda")
     for step in range(WARM_UP_STEPS):

@@ -12,8 +12,12 @@ from torch import Tensor
 
 from co3d_ensemble.config import CameraJitterConfig, OccupancyConfig, TrainingConfig
 from co3d_ensemble.data.ray_bank import RayBank, RayBatch
+from co3d_ensemble.fields.vm_field import Mapped
 from co3d_ensemble.functional.schedules import due
 from co3d_ensemble.plugin.model import ObjectModel
+from co3d_ensemble.plugin.tensorf_model import TensoRFModel
+from co3d_ensemble.training.grid_schedule import Shrink, Upsample, grid_changes
+from co3d_ensemble.training.optimizer import Moments
 from co3d_ensemble.training.validation import FrameValidation
 
 CAPACITY_STEPS = 200  # on CUDA, steps between two fits of the room for occupied samples
@@ -22,6 +26,8 @@ FIRST_CAPACITY_STEP = 16  # enough batches to know how their counts vary
 
 class RayBankTask:
     """A :class:`~co3d_ensemble.training.task.Task`: rays of all frames against an :class:`ObjectModel`.
+
+    See :class:`GridTask` for a model whose grid changes.
 
     Attributes:
         model: on the bank's device.
@@ -51,7 +57,7 @@ class RayBankTask:
         self.rays_per_step = training.n_rays
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return [{"params": list(self.model.parameters()), "name": "field", "lr": self._training.lr}]
+        return self.model.parameter_groups(self._training.lr, self._training.lr_network)
 
     def batch(self, step: int) -> RayBatch:
         return self._bank.sample(self._training.n_rays, **self._jitter)
@@ -94,6 +100,57 @@ class RayBankTask:
         if self.model.occupancy is None or step < schedule.refine_from * max_steps:
             return False
         return due(step, schedule.refine_every, max_steps)
+
+
+class GridTask(RayBankTask):
+    """The same for a :class:`TensoRFModel`: its grid grows and is cropped by the schedule.
+
+    Args:
+        resolution: cube root of the voxel count that the model starts with.
+        grid: a ``GridScheduleConfig`` or a node of its shape.
+    """
+
+    model: TensoRFModel
+
+    def __init__(self, *args: Any, resolution: int, grid: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._resolution, self._grid = resolution, grid
+        self._operations: list[Mapped] = []
+
+    def structure(self, step: int) -> bool:
+        super().structure(step)
+        changes = grid_changes(step, self._training.max_steps, resolution=self._resolution, schedule=self._grid)
+        self._operations = [self._apply(change) for change in changes]
+        return bool(changes)
+
+    def remap_moments(self, ema: dict[str, Tensor], moments: Moments) -> tuple[dict[str, Tensor], Moments]:
+        """EMA copies and Adam's moments through the same linear operations as the parameters of the last :meth:`structure`."""
+        moved: Moments = {}
+        for name, state in moments.items():
+            if self._grid.moments == "reset" and _is_factor(name):
+                continue
+            moved[name] = {key: value if value.ndim == 0 else self._mapped(name, value) for key, value in state.items()}
+        return {name: self._mapped(name, average) for name, average in ema.items()}, moved
+
+    def settle(self) -> None:
+        """Brings the grid to its final size, at which most steps of a run are made: for timing on a task that is thrown away."""
+        if self._grid.upsample_at:
+            self.model.upsample(self._grid.final_resolution**3)
+
+    def _apply(self, change: Shrink | Upsample) -> Mapped:
+        if isinstance(change, Shrink):
+            return self.model.shrink(to_hull=change.number == 0)
+        return self.model.upsample(change.n_voxels)
+
+    @torch.no_grad()
+    def _mapped(self, name: str, tensor: Tensor) -> Tensor:
+        for operation in self._operations:
+            tensor = operation(name, tensor)
+        return tensor
+
+
+def _is_factor(name: str) -> bool:
+    return "_planes." in name or "_lines." in name
 
 
 def evenly_spread(items: list[Any], at_most: int) -> list[Any]:

@@ -18,6 +18,8 @@ class Task(Protocol):
         structure_seconds() -> (count, seconds): how many structure changes a whole run of the task's settings makes and what
             one takes, measured by making one. A time budget calls it on a task that is thrown away, so it may leave the
             model changed. Without it, changes count as free.
+        settle() -> None: brings a task that is thrown away to the structure that most steps of a run have, before a time
+            budget times steps on it.
         remap_moments, loss_weights: see :class:`~co3d_ensemble.training.stepper.Stepper`.
         rays_per_step: for rays per second.
 
