@@ -84,6 +84,7 @@ class VMField(nn.Module):
         self.density_shift, self.distance_scale = density_shift, distance_scale
         self.dtype = PRECISIONS[precision]
         self.tv_normalization, self.tv_lines = tv_normalization, tv_lines
+        box = box.detach().to(torch.get_default_dtype())  # the parameters' dtype
         self.register_buffer("box", box.clone())
         self.register_buffer("initial_box", box.clone())
         shapes = _factor_shapes(_check_resolution(resolution))
@@ -137,11 +138,11 @@ class VMField(nn.Module):
         """
         encoded_dir = harmonic_encoding(directions, self.n_harmonics_dir)
         n_points, on_cpu = len(points), points.device.type == "cpu"
+        features = vm.vm_project(self.appearance_planes, self.appearance_lines, self._positions(points)[0], self.basis.weight)
         if on_cpu and self.dtype != torch.float32:
             padding = -n_points % CPU_ROWS
-            points, ray = nn.functional.pad(points, (0, 0, 0, padding)), nn.functional.pad(ray, (0, padding))
-        features = vm.vm_project(self.appearance_planes, self.appearance_lines, self._positions(points)[0], self.basis.weight)
-        chunk = CPU_CHUNK if on_cpu else max(1, len(points))
+            features, ray = nn.functional.pad(features, (0, 0, 0, padding)), nn.functional.pad(ray, (0, padding))
+        chunk = CPU_CHUNK if on_cpu else max(1, n_points)
         parts = [self._evaluate(f, encoded_dir, r) for f, r in zip(features.split(chunk), ray.split(chunk), strict=True)]
         return torch.cat(parts)[:n_points]
 
@@ -232,7 +233,7 @@ class VMField(nn.Module):
 
     def _positions(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Shares of the current box (n, 3), and which points lie in it; those that do not are put on its corner."""
-        positions = (points.detach() - self.box[0]) / (self.box[1] - self.box[0])
+        positions = (points.detach().to(self.box.dtype) - self.box[0]) / (self.box[1] - self.box[0])
         inside = ((positions >= 0) & (positions <= 1)).all(dim=-1)
         return torch.where(inside[:, None], positions, 0), inside
 

@@ -81,6 +81,15 @@ def test_density_is_zero_outside_the_box_without_a_gradient_and_its_faces_belong
     assert (field.density(BOX) > 0).all()
 
 
+def test_a_box_and_points_in_double_precision_are_taken_and_a_field_made_double_answers_in_it():
+    batch = samples()
+    expected = outputs(small(), *batch)
+    assert_close(outputs(small(BOX.double()), batch[0].double(), *batch[1:]), expected)
+    exact = outputs(small().double(), batch[0].double(), batch[1].double(), batch[2])
+    assert all(x.dtype == torch.float64 for x in exact)
+    assert_close([x.float() for x in exact], expected, 1e-4)
+
+
 def test_every_one_of_very_many_samples_is_answered_in_its_place():
     field, (points, directions, ray) = small(), samples(40_001)
     with torch.no_grad():
