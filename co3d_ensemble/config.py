@@ -8,6 +8,7 @@ only what differs. ``validate`` checks what types cannot.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Iterator
@@ -82,7 +83,9 @@ class GridScheduleConfig:
         (30000 / 350000, 50000 / 350000, 65000 / 350000, 91300 / 350000, 116200 / 350000),
         "shares of max_steps; voxel counts grow by equal factors",
     )
-    shrink_at: tuple[float, ...] = setting((20000 / 350000, 40000 / 350000), "shares of max_steps at which the box is cropped to what is occupied")
+    shrink_at: tuple[float, ...] = setting(
+        (20000 / 350000, 40000 / 350000), "shares of max_steps at which the box is cropped: to the hull first, then to what is occupied"
+    )
     moments: str = setting("map", "map | reset: Adam's moments of the factors when the grid changes")
 
 
@@ -214,6 +217,44 @@ class ExperimentConfig:
     rendering: RenderingConfig = setting(RenderingConfig, "how it is rendered")
 
 
+FUSION_METHODS = ("auto", "mean", "opacity", "confidence", "agreement", "fitted", "fitted_zones", "weights", "best_member")
+
+
+@dataclass
+class MemberConfig:
+    """One member of an ensemble."""
+
+    experiment: str = setting(MISSING, "the experiment that the member is, a file of configs/experiment")
+    overrides: list[str] = setting([], "settings of this member only; on the command line members.NAME.overrides.training.seed=1")
+
+
+@dataclass
+class FusionConfig:
+    """How members are fused, see ``functional/fusion.py``."""
+
+    method: str = setting("auto", "auto (what wins on validation frames) | " + " | ".join(FUSION_METHODS[1:]))
+    weights: dict[str, float] = setting({}, "weight per member, of method weights")
+    max_val_frames: int = setting(16, "validation frames that the fusion is chosen on, evenly spread")
+    min_gain_psnr: float = setting(0.05, "dB of psnr_masked by which auto must see the plain average beaten")
+    min_gain_iou: float = setting(0.001, "IoU by which auto must see the plain average's mask beaten")
+    min_standard_errors: float = setting(2.0, "how many standard errors of the paired difference that gain must be")
+
+
+@dataclass
+class EnsembleConfig:
+    """Several members on one sequence, and their fusion. Any other setting on the command line goes to every member."""
+
+    dataset_root: str = setting(MISSING, "CO3Dv2 root folder")
+    category: str = setting(MISSING, "e.g. cape")
+    subset_name: str = setting("manyview_dev_0", "e.g. manyview_dev_0")
+    output_dir: str = setting("outputs", "members go to <output_dir>/<category>/<subset_name>/<member>, the fusion to <name> beside them")
+    name: str = setting("ensemble", "name of the fusion's folder")
+    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
+    members: dict[str, MemberConfig] = setting({}, "name -> experiment and overrides (a new one: +members.NAME.experiment=...)")
+    overrides: list[str] = setting([], "settings of every member; those of the command line are added")
+    fusion: FusionConfig = setting(FusionConfig, "how the members are fused")
+
+
 MIN_COARSE_SAMPLES = 3  # importance sampling drops the first and the last
 
 # Keys that cannot change the result: a resumed run may differ in them.
@@ -335,6 +376,40 @@ def validate(config: Any) -> None:
     if config.model.kind == "implicitron":
         _check_not_ignored(config)
         _check_source_views(config.model.implicitron)
+
+
+_FUSION_RANGES = {"max_val_frames": "[1, inf)", "min_gain_psnr": "[0, inf)", "min_gain_iou": "[0, inf)", "min_standard_errors": "[0, inf)"}
+_MEMBER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+def validate_ensemble(config: Any) -> None:
+    """Checks an ``EnsembleConfig``, or an omegaconf node of that shape, as :func:`validate` does an experiment."""
+    if len(config.members) < 2:
+        raise ValueError(f"members={list(config.members)}: an ensemble needs at least two (+members.NAME.experiment=... adds one)")
+    for name in (config.name, *config.members):
+        if not _MEMBER_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot be the name of a member's or an ensemble's folder: letters, digits, '_', '.' and '-'")
+    if config.name in config.members:
+        raise ValueError(f"name={config.name}: a member has that name; the fusion needs a folder of its own")
+    if config.fusion.method not in FUSION_METHODS:
+        raise ValueError(f"fusion.method={config.fusion.method!r}: expected one of {', '.join(FUSION_METHODS)}")
+    for key, interval in _FUSION_RANGES.items():
+        if not _lies_in(getattr(config.fusion, key), interval):
+            raise ValueError(f"fusion.{key}={getattr(config.fusion, key)}: must lie in {interval}")
+    check_fusion_weights(config.fusion, list(config.members))
+
+
+def check_fusion_weights(fusion: Any, members: Sequence[str]) -> None:
+    """That method ``weights`` has a weight for every member, and no other method has any."""
+    weights = dict(fusion.weights)
+    if fusion.method != "weights":
+        if weights:
+            raise ValueError(f"fusion.weights={weights}: only fusion.method=weights takes weights, not {fusion.method}")
+        return
+    if set(weights) != set(members):
+        raise ValueError(f"fusion.weights={weights}: expected a weight for each of {', '.join(members)}")
+    if not all(weight >= 0 for weight in weights.values()) or not 0 < sum(weights.values()) < math.inf:
+        raise ValueError(f"fusion.weights={weights}: must not be negative, and one of them positive")
 
 
 def _lies_in(value: float, interval: str) -> bool:

@@ -1,4 +1,4 @@
-"""The top: what the scripts call. A configuration to a trained and scored run, and runs to a scored submission."""
+"""One member on one sequence: a configuration to a trained and scored run, and the views that the run can show."""
 
 from __future__ import annotations
 
@@ -14,14 +14,10 @@ import torch
 from omegaconf import DictConfig
 
 from co3d_ensemble.assembly import load_frame, load_scene, make_task, model_of_state
-from co3d_ensemble.challenge.archive import check_archive, write_archive
 from co3d_ensemble.challenge.lpips import load_lpips, lpips_masked
-from co3d_ensemble.challenge.scoring import score_archive
-from co3d_ensemble.challenge.targets import Target, archive_name, targets_with_records
-from co3d_ensemble.data.audit import camera_faults
-from co3d_ensemble.data.co3d import FRAME_ANNOTATIONS_FILE, CO3DIndex, FrameRecord, Subset
+from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
 from co3d_ensemble.files import remove_temporaries, write_json_atomic
-from co3d_ensemble.functional.types import RenderedView
+from co3d_ensemble.functional.types import Frame, PinholeCamera, RenderedView
 from co3d_ensemble.plugin.implicitron_model import ImplicitronModel
 from co3d_ensemble.plugin.model import ObjectModel
 from co3d_ensemble.rendering import read_view, resolve_device, write_view
@@ -103,30 +99,18 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
     "world"), as Implicitron loads depth: the PNG's values times the annotation's ``scale_adjustment``. The archive's
     ``results.json`` has it in the PNG's own units, as the challenge's evaluation does: the two agree only where that factor is 1.
     """
-    model, config = load_trained(run, device)
-    scorable = [record for record in subset.targets if subset.scorable is None or record.key in subset.scorable]
-    network, why_no_lpips = load_lpips(device=device)
-    per_frame: dict[str, dict[str, float | None]] = {}
+    config, renders, scorer = run.config, Renders(run, device), TargetScorer(device, load_lpips(device=device))
+    scorable = scorable_targets(subset)
     shown = {record.key for record in evenly_spread(scorable, SHOWN_TARGETS)}
     rows = []
     for record in scorable:
         frame = load_frame(config, record)
-        view = model.render_view(frame.camera.to(device), config.rendering.chunk_rays).cpu()
-        scores = score_frame(view, frame)
-        rgb, mask = frame.rgb.float() / 255, frame.mask.float() / 255
-        scores["lpips"] = None if network is None else lpips_masked(network, view.rgb.to(device), rgb.to(device), mask.to(device))
-        per_frame[frame.name] = scores
+        view = renders.view(record, frame.camera)
+        scorer.add(view, frame)
         if record.key in shown:  # a sequence may have hundreds of targets: only these stay in memory
-            rows.append((frame.name, rgb, view, mask))
-    means = mean_scores(per_frame.values())
-    reasons = {name: NO_DEPTH if name == "depth_abs_fg" else why_no_lpips for name in ("depth_abs_fg", "lpips") if name not in means}
-    if not scorable:
-        reasons = {name: "no target has ground truth" for name in METRICS}
+            rows.append((frame.name, frame.rgb, view, frame.mask))
     results = {
-        "metrics": {name: means.get(name) for name in METRICS},
-        "reasons": reasons,
-        "depth_units": "world",
-        "frames": per_frame,
+        **scorer.results(),
         "seconds": result.seconds,
         "steps": result.steps,
         "best_step": result.best_step,
@@ -138,6 +122,39 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
     write_json_atomic(run.results_path, results)
     logger.info("%s: %s", run.path, ", ".join(f"{name} {value:.3f}" for name, value in results["metrics"].items() if value is not None))
     return results
+
+
+def scorable_targets(subset: Subset) -> list[FrameRecord]:
+    """The target frames that have ground truth."""
+    return [record for record in subset.targets if subset.scorable is None or record.key in subset.scorable]
+
+
+class TargetScorer:
+    """Collects the scores of target frames: the challenge's metrics, SSIM and, where its weights are on disk, LPIPS.
+
+    Args:
+        lpips: the network or None, and why there is none, as ``load_lpips`` returns them.
+    """
+
+    def __init__(self, device: torch.device, lpips: tuple[Any, str | None]) -> None:
+        self._network, self._why_no_lpips = lpips
+        self._device = device
+        self.per_frame: dict[str, dict[str, float | None]] = {}
+
+    def add(self, view: RenderedView, frame: Frame) -> None:
+        scores = score_frame(view, frame)
+        rgb, mask = (plane.float().to(self._device) / 255 for plane in (frame.rgb, frame.mask))
+        scores["lpips"] = None if self._network is None else lpips_masked(self._network, view.rgb.to(self._device), rgb, mask)
+        self.per_frame[frame.name] = scores
+
+    def results(self) -> dict[str, Any]:
+        """``{"metrics": {name: mean}, "reasons": {name: why null}, "depth_units": "world", "frames": {frame: scores}}``."""
+        means, missing = mean_scores(self.per_frame.values()), {"depth_abs_fg": NO_DEPTH, "lpips": self._why_no_lpips}
+        reasons = {name: why for name, why in missing.items() if name not in means}
+        if not self.per_frame:
+            reasons = {name: "no target has ground truth" for name in METRICS}
+        metrics = {name: means.get(name) for name in METRICS}
+        return {"metrics": metrics, "reasons": reasons, "depth_units": "world", "frames": self.per_frame}
 
 
 def _plot_run(run: RunDirectory) -> None:
@@ -154,137 +171,80 @@ def _plot_run(run: RunDirectory) -> None:
     training_curve(curves("validation", "metrics", "psnr"), curves("train", "losses", "loss"), run.path / "training_curve.png")
 
 
-def render_targets(
-    run: RunDirectory, records: Sequence[FrameRecord], device: torch.device, chunk_rays: int | None = None
-) -> Iterator[tuple[FrameRecord, RenderedView]]:
-    """The run's best checkpoint at target cameras, at the original frame sizes; rendered once, then read from ``renders/``.
+class Renders:
+    """The views of a run's best checkpoint: rendered once, then read from ``renders/``. For use under the run's lock.
 
-    Renders of an older checkpoint are discarded. The run is locked until the last frame is consumed: a training that starts
-    meanwhile would delete the temporary files, and with ``resume=restart`` the renders.
+    Renders of an older checkpoint are discarded. Views at the frame's original size lie in ``renders/`` itself, those of other
+    sizes in ``renders/<height>x<width>/``.
 
     Args:
         chunk_rays: rays rendered at once; None: as the run's configuration has it.
+    """
+
+    def __init__(self, run: RunDirectory, device: torch.device, chunk_rays: int | None = None) -> None:
+        self._run, self._device, self._chunk_rays = run, device, chunk_rays
+        self._model: ObjectModel | ImplicitronModel | None = None
+        remove_temporaries(run.renders)  # of a process that was killed
+        keep_if_made_from(run.renders, checkpoint_stamp(run))
+
+    def view(self, record: FrameRecord, camera: PinholeCamera | None = None) -> RenderedView:
+        """The model at ``camera``, or at the record's own; on the CPU, colour and mask in steps of float16."""
+        camera = record.camera() if camera is None else camera
+        path = render_path(self._run.renders, record, camera)
+        if not path.exists():
+            if self._model is None:
+                self._model, config = load_trained(self._run, self._device)
+                self._chunk_rays = self._chunk_rays or config.rendering.chunk_rays
+            write_view(path, self._model.render_view(camera.to(self._device), self._chunk_rays).cpu())
+        return read_view(path)
+
+
+def render_path(folder: Path, record: FrameRecord, camera: PinholeCamera) -> Path:
+    """Where a frame's view at a camera of some size lies in a folder of renders."""
+    if (camera.height, camera.width) != (record.height, record.width):
+        folder = folder / f"{camera.height}x{camera.width}"
+    return folder / f"{record.sequence_name}_{record.frame_number}.npz"
+
+
+def checkpoint_stamp(run: RunDirectory) -> dict[str, Any]:
+    """What tells one best checkpoint of a run from another without reading it."""
+    best = Checkpoints(run.checkpoints).best
+    stat = best.stat()
+    return {"checkpoint": best.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
+
+
+def keep_if_made_from(folder: Path, stamp: dict[str, Any]) -> None:
+    """Deletes the renders in ``folder`` unless they were made from what ``stamp`` describes, and leaves the stamp there."""
+    path = folder / "made_from.json"
+    if path.exists() and json.loads(path.read_text()) == stamp:
+        return
+    for old in folder.rglob("*.npz"):
+        old.unlink()
+    write_json_atomic(path, stamp)
+
+
+def render_targets(
+    run: RunDirectory, records: Sequence[FrameRecord], device: torch.device, chunk_rays: int | None = None
+) -> Iterator[tuple[FrameRecord, RenderedView]]:
+    """The run's best checkpoint at target cameras, at the original frame sizes, see :class:`Renders`.
+
+    The run is locked until the last frame is consumed: a training that starts meanwhile would delete the temporary files, and
+    with ``resume=restart`` the renders.
 
     Raises:
         RunDirectoryBusy: the run is being trained, or exported by another process.
     """
-    with _locked_for_export(run):
-        remove_temporaries(run.renders)  # of an export that was killed
-        stamp_path = run.renders / "checkpoint.json"
-        best = Checkpoints(run.checkpoints).best
-        stat = best.stat()
-        stamp = {"checkpoint": best.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
-        if not stamp_path.exists() or json.loads(stamp_path.read_text()) != stamp:
-            for old in run.renders.glob("*.npz"):
-                old.unlink()
-            run.renders.mkdir(exist_ok=True)
-            write_json_atomic(stamp_path, stamp)
-        model = None
+    with locked_for_rendering(run):
+        renders = Renders(run, device, chunk_rays)
         for record in records:
-            path = run.renders / f"{record.sequence_name}_{record.frame_number}.npz"
-            if not path.exists():
-                if model is None:
-                    model, config = load_trained(run, device)
-                view = model.render_view(record.camera().to(device), chunk_rays or config.rendering.chunk_rays).cpu()
-                write_view(path, view)
-            yield record, read_view(path)
+            yield record, renders.view(record)
 
 
 @contextmanager
-def _locked_for_export(run: RunDirectory) -> Iterator[None]:
+def locked_for_rendering(run: RunDirectory) -> Iterator[None]:
     with ExitStack() as held:
         try:
             held.enter_context(FolderLock(run.path))
         except RunDirectoryBusy as error:
             raise RunDirectoryBusy(f"{error}: its targets can be exported once that has ended or been stopped") from error
         yield
-
-
-def export_submission(
-    dataset_root: Path | str,
-    output_dir: Path | str,
-    *,
-    sequence_set: str,
-    models: Sequence[str],
-    allow_missing: bool = False,
-    device: str = "auto",
-    chunk_rays: int | None = None,
-) -> dict[str, Any]:
-    """Walk 2: renders what is missing, writes and checks the archive, scores its bytes where there is ground truth.
-
-    Args:
-        models: member names; one for now.
-        allow_missing: leave out subsets that have no trained run instead of refusing.
-        chunk_rays: rays rendered at once, fewer for less memory; None: each run's own ``rendering.chunk_rays``.
-
-    Returns:
-        ``{"archive": path, "missing": [...], "results": {...} or None}``; the results also go to ``results.json`` beside it.
-        Depth there is in the PNG's units (``depth_units``: "png") as in the challenge, unlike a run's, see ``evaluate_run``.
-        Targets without usable ground truth are in the archive and have no scores, see ``score_archive``.
-
-    Raises:
-        ValueError: a subset lacks its run or a target its camera (all are listed), or the archive is not as it should be.
-        RunDirectoryBusy: another process is exporting to the same folder, or training one of the runs.
-    """
-    if chunk_rays is not None and chunk_rays < 1:
-        raise ValueError(f"chunk_rays={chunk_rays}: must be positive")
-    if len(models) != 1:
-        raise ValueError(f"models={list(models)}: exporting needs exactly one member")
-    index = CO3DIndex(dataset_root)
-    records = targets_with_records(index, task="manyview", sequence_set=sequence_set)
-    runs: dict[str, RunDirectory] = {}
-    missing = []
-    for folder in dict.fromkeys(target.folder for target in records):
-        run = RunDirectory(run_directory(output_dir, *folder.split("/"), models[0]))
-        if Checkpoints(run.checkpoints).best.exists():
-            runs[folder] = run
-        else:
-            missing.append(folder)
-    if missing and not allow_missing:
-        lost = [target.path("*") for target in records if target.folder in missing]
-        raise ValueError(
-            f"{len(missing)} subsets have no trained {models[0]} under {output_dir}: {', '.join(missing)}; "
-            f"{len(lost)} targets would be missing (allow_missing=true leaves them out):\n  " + "\n  ".join(lost)
-        )
-    if not runs:
-        raise ValueError(f"no subset of {sequence_set} has a trained {models[0]} under {output_dir}")
-    for name, run in runs.items():
-        if not run.results_path.exists():
-            logger.warning("%s: its training has not ended (%s); the best checkpoint so far is exported", name, run.path)
-    present = {target: record for target, record in records.items() if target.folder in runs}
-    _require_cameras(index.root, present)
-    folder = Path(output_dir) / "submission"
-    folder.mkdir(parents=True, exist_ok=True)
-    archive, scores = folder / archive_name("manyview", sequence_set), folder / "results.json"
-    with FolderLock(folder):
-        remove_temporaries(folder)  # of an export that was killed
-        if sequence_set == "dev":
-            scores.unlink(missing_ok=True)  # of the archive that is replaced now
-        write_archive(archive, _rendered(runs, present, resolve_device(device), chunk_rays))
-        check_archive(archive, records, allow_missing=allow_missing)
-        results = None
-        if sequence_set == "dev":
-            results = score_archive(archive, present)
-            write_json_atomic(scores, results)
-    return {"archive": archive, "missing": missing, "results": results}
-
-
-def _require_cameras(root: Path, records: dict[Target, FrameRecord]) -> None:
-    """A ``ValueError`` that lists the targets whose annotated camera cannot be rendered from, before hours of rendering."""
-    faults = [
-        f"{target.path('*')}: frame {record.name} of {root / target.category / FRAME_ANNOTATIONS_FILE}: camera {what}"
-        for target, record in records.items()
-        for _, what in camera_faults(record)
-    ]
-    if faults:
-        raise ValueError("targets cannot be rendered:\n  " + "\n  ".join(faults))
-
-
-def _rendered(
-    runs: dict[str, RunDirectory], records: dict[Target, FrameRecord], device: torch.device, chunk_rays: int | None
-) -> Iterator[tuple[Target, RenderedView]]:
-    for folder, run in runs.items():
-        targets = {record.key: target for target, record in records.items() if target.folder == folder}
-        wanted = [record for target, record in records.items() if target.folder == folder]
-        for record, view in render_targets(run, wanted, device, chunk_rays):
-            yield targets[record.key], view

@@ -21,8 +21,9 @@ from co3d_ensemble.challenge.scoring import format_table, load_ground_truth
 from co3d_ensemble.data.co3d import CO3DIndex
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
 from co3d_ensemble.functional.metrics import psnr_masked
-from co3d_ensemble.pipeline import export_submission, train_sequence
+from co3d_ensemble.pipeline import train_sequence
 from co3d_ensemble.scripts import run_with_settings
+from co3d_ensemble.submission import export_submission
 
 CATEGORY, SUBSET = "mug", "manyview_dev_0"
 

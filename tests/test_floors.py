@@ -23,7 +23,11 @@ FLOORS = {
     "mine": 5,
     "fleet": 5,
     "assembly": 6,
+    "composition": 7,
     "pipeline": 7,
+    "fusing": 8,
+    "ensemble": 9,
+    "submission": 9,
     "scripts": 6,  # what launch scripts share
 }
 LEAVES = ("config", "files", "scripts")  # import nothing of the package, so all but functional may import them

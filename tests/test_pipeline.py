@@ -121,6 +121,8 @@ def test_one_command_leaves_a_run_that_describes_itself(output, root):
         "results.json",
         "targets.png",
         "training_curve.png",
+        "renders/made_from.json",
+        *(f"renders/18x24/{record.sequence_name}_{record.frame_number}.npz" for record in CO3DIndex(root).subset("mug", DEV).targets),
     }
     assert [path.stat().st_size > 0 for path in (run / "tensorboard").iterdir()] == [True]
     config = settings_of(output)
@@ -507,7 +509,7 @@ def test_subsets_without_a_run_are_an_error_that_lists_their_frames_unless_allow
     message = capsys.readouterr().err
     lost = CO3DIndex(root).subset("bear", DEV).targets
     assert all(f"bear_{record.sequence_name}_{record.frame_number}_" in message for record in lost)
-    assert f"1 subsets have no trained nerf under {own_output}: bear/{DEV}" in message and "allow_missing=true" in message
+    assert f"1 subsets cannot be exported from {own_output}: bear/{DEV} (no trained nerf)" in message and "allow_missing=true" in message
     assert not (own_output / "submission").exists()
     assert export(root, own_output, "allow_missing=true") == 0
     assert f"left out, no trained run: bear/{DEV}" in capsys.readouterr().out
@@ -517,7 +519,7 @@ def test_subsets_without_a_run_are_an_error_that_lists_their_frames_unless_allow
 def test_an_unfinished_run_is_exported_with_a_warning(own_output, root, caplog):
     (run_of(own_output) / "results.json").unlink()
     assert export(root, own_output) == 0
-    assert f"mug/{DEV}: its training has not ended" in caplog.text
+    assert f"mug/{DEV}: the training of {run_of(own_output)} has not ended" in caplog.text
 
 
 def test_a_test_set_is_exported_without_scores(own_output, root, capsys):

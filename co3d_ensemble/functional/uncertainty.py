@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from co3d_ensemble.functional.fusion import has_surface, stacked
-from co3d_ensemble.functional.types import RenderedView
+from co3d_ensemble.functional.metrics import DEPTH_CROP, FOREGROUND, optimal_l1_scale
+from co3d_ensemble.functional.types import Frame, RenderedView
 
 
 def color_disagreement(views: Sequence[RenderedView]) -> Tensor:
@@ -35,6 +36,39 @@ def depth_disagreement(views: Sequence[RenderedView]) -> tuple[Tensor, Tensor]:
     mean = offset.sum(dim=0) / divisor
     variance = torch.where(surface, (offset - mean).square(), 0.0).sum(dim=0) / divisor
     return torch.where(count > 1, variance.sqrt(), 0.0), count
+
+
+def score_uncertainty(views: Sequence[RenderedView], fused: RenderedView, frame: Frame) -> dict[str, dict[str, float | None]]:
+    """How well the members' disagreement tells the fused view's true errors, in one frame.
+
+    Colour: mean absolute error against the photograph on black, over the pixels of the true or the fused mask. Depth: the error
+    of ``depth_abs_fg`` (at the frame's best scale) over its pixels, as far as two members have a surface there.
+
+    Returns:
+        ``{"rgb" | "depth": {"spearman": value, "ause": value}}``; None where there is no ground truth or no order.
+    """
+    rgb, foreground = frame.rgb.float() / 255, frame.mask > 255 * FOREGROUND
+    counted = foreground | (fused.mask >= FOREGROUND)
+    error = (fused.rgb - rgb * foreground).abs().mean(dim=0, keepdim=True)
+    scores = {"rgb": _scores(color_disagreement(views)[counted], error[counted])}
+    if frame.depth is None:
+        return {**scores, "depth": {"spearman": None, "ause": None}}
+    deviation, count = depth_disagreement(views)
+    known = torch.isfinite(frame.depth) & (frame.depth > 0) & foreground
+    if frame.depth_mask is not None:
+        known &= frame.depth_mask > 0
+    inner = torch.zeros_like(known)
+    inner[:, DEPTH_CROP:-DEPTH_CROP, DEPTH_CROP:-DEPTH_CROP] = True
+    known &= inner
+    scale = optimal_l1_scale(fused.depth[known].double(), frame.depth[known].double())
+    known &= count > 1
+    error = (frame.depth[known].double() - scale * fused.depth[known].double()).abs()
+    return {**scores, "depth": _scores(deviation[known], error)}
+
+
+def _scores(uncertainty: Tensor, error: Tensor) -> dict[str, float | None]:
+    values = {"spearman": rank_correlation(uncertainty, error).item(), "ause": sparsification_error(uncertainty, error).item()}
+    return {name: None if value != value else value for name, value in values.items()}
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from co3d_ensemble.functional.metrics import psnr_masked
 from co3d_ensemble.functional.types import RenderedView
 
 ERROR_RANGE = 0.25  # mean absolute colour error shown brightest: a quarter of the range is plainly wrong
+DISAGREEMENT_RANGE = 0.125  # of the standard deviation shown brightest: two members that differ by ERROR_RANGE
 COLUMNS = ("photograph", "target", "render", "depth, near red", "mask", f"error, 0 to {ERROR_RANGE}")
 DEPTH_QUANTILES = (0.02, 0.98)  # a few stray samples must not flatten the colours of the rest
 _SMALLEST_SIDE, _LARGEST_SIDE = 160, 384  # longest side of a cell in pixels: tiny frames visible, sheets of few megabytes
@@ -31,6 +32,7 @@ _GAP, _HEADER, _CAPTION = 4, 30, 26
 _BACKGROUND, _TEXT, _FAINT = (22, 24, 28), (235, 235, 235), (175, 180, 190)
 
 SheetRow = tuple[str, Tensor, RenderedView, Tensor]
+EnsembleRow = tuple[str, Tensor, Tensor, Sequence[RenderedView], RenderedView, Tensor]
 
 
 @lru_cache
@@ -106,17 +108,40 @@ def comparison_sheet(rows: Sequence[SheetRow]) -> Tensor:
     Raises:
         ValueError: no rows, or the parts of a row differ in size; the message names the row.
     """
-    if not rows:
+    return _sheet(COLUMNS, [_row_cells(*row) for row in rows])
+
+
+def ensemble_sheet(members: Sequence[str], rows: Sequence[EnsembleRow]) -> Tensor:
+    """One row per frame: masked target | each member | the fused view | its depth | its mask | its error | the disagreement.
+
+    Args:
+        members: names, in the order of the views.
+        rows: (title, photograph, foreground probability, the members' views, fused view, standard deviation of the members'
+            colours (1, H, W)); pictures, errors and result as in :func:`comparison_sheet`.
+    """
+    columns = ("target", *members, "ensemble", *COLUMNS[3:], f"disagreement, 0 to {DISAGREEMENT_RANGE}")
+    strips = []
+    for title, photograph, gt_mask, views, fused, deviation in rows:
+        caption, (_, target, *shown) = _row_cells(title, photograph, fused, gt_mask)
+        finite = [psnr_masked(view.rgb, _unit(photograph), _unit(gt_mask)).item() for view in views]
+        caption += f" (members {', '.join(f'{value:.1f}' for value in finite)})"
+        uncertain = _false_color(deviation.cpu()[0] / DISAGREEMENT_RANGE, "inferno")
+        strips.append((caption, [target, *(_fit(to_uint8(view.rgb)) for view in views), *shown, _fit(uncertain)]))
+    return _sheet(columns, strips)
+
+
+def _sheet(columns: Sequence[str], strips: Sequence[tuple[str, list[Tensor]]]) -> Tensor:
+    """Captioned rows of cells under the columns' names."""
+    if not strips:
         raise ValueError("a comparison sheet needs at least one row")
-    strips = [_row_cells(*row) for row in rows]
     cell_width = max(cells[0].shape[2] for _, cells in strips)
-    width = _GAP + len(COLUMNS) * (cell_width + _GAP)
+    width = _GAP + len(columns) * (cell_width + _GAP)
     height = _HEADER + sum(_CAPTION + cells[0].shape[1] + _GAP for _, cells in strips)
     sheet = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    left = [_GAP + column * (cell_width + _GAP) for column in range(len(COLUMNS))]
-    for x, name in zip(left, COLUMNS, strict=True):
-        draw.text((x + cell_width / 2, _HEADER / 2), name, fill=_TEXT, font=_font(17), anchor="mm")
+    left = [_GAP + column * (cell_width + _GAP) for column in range(len(columns))]
+    for x, name in zip(left, columns, strict=True):
+        draw.text((x + cell_width / 2, _HEADER / 2), _fitting(name, cell_width), fill=_TEXT, font=_font(17), anchor="mm")
     y = _HEADER
     for caption, cells in strips:
         draw.text((_GAP + 2, y + _CAPTION / 2), caption, fill=_FAINT, font=_font(15), anchor="lm")
@@ -125,6 +150,13 @@ def comparison_sheet(rows: Sequence[SheetRow]) -> Tensor:
             sheet.paste(_to_pil(cell), (x + (cell_width - cell.shape[2]) // 2, y))
         y += cells[0].shape[1] + _GAP
     return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
+
+
+def _fitting(name: str, width: int) -> str:
+    """A column's name, cut where it would run into the next column's (members may be called anything)."""
+    while len(name) > 1 and _font(17).getlength(name) > width:
+        name = name[:-2] + "…"
+    return name
 
 
 def _row_cells(title: str, photograph: Tensor, view: RenderedView, gt_mask: Tensor) -> tuple[str, list[Tensor]]:
