@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from pytorch3d.implicitron.models.base_model import ImplicitronModelBase
 from pytorch3d.implicitron.models.generic_model import GenericModel
 from pytorch3d.implicitron.models.overfit_model import OverfitModel
-from pytorch3d.implicitron.models.renderer.base import EvaluationMode
+from pytorch3d.implicitron.models.renderer.base import EvaluationMode, RendererOutput
 from pytorch3d.implicitron.models.renderer.lstm_renderer import LSTMRenderer
 from pytorch3d.implicitron.models.renderer.sdf_renderer import SignedDistanceFunctionRenderer
 from pytorch3d.implicitron.tools.config import expand_args_fields
@@ -121,6 +121,8 @@ class ImplicitronModel(nn.Module):
         if training_frames and "init_depth" not in (given.get(_LSTM_ARGS) or {}) and _LSTM_ARGS in config:
             config[_LSTM_ARGS].init_depth = _far_end(training_frames, self.scene_sphere)
         self.implicitron = _create(model_class_type, config)
+        if self._traces_distances:
+            self.implicitron.renderer.register_forward_hook(_mask_of_missing_rays, with_kwargs=True)
         set_function_precision(self.implicitron, precision)
         if encoder_weights is not None:
             load_encoder_weights(getattr(self.implicitron, "image_feature_extractor", None), encoder_weights)
@@ -276,7 +278,28 @@ def _create(model_class_type: str, config: DictConfig) -> ImplicitronModelBase:
         warnings.filterwarnings("ignore", message="The parameter 'pretrained' is deprecated", category=UserWarning)
         warnings.filterwarnings("ignore", message="Arguments other than a weight enum", category=UserWarning)
         warnings.filterwarnings("ignore", message=".*torch.nn.utils.weight_norm.* is deprecated", category=FutureWarning)
-        return model_class(**config)
+        try:
+            return model_class(**config)
+        except AssertionError as error:  # what components say of sizes that do not fit together
+            raise ValueError(f"model_{model_class_type}_args: {error}") from error
+
+
+def _mask_of_missing_rays(renderer: nn.Module, args: Any, kwargs: Mapping[str, Any], rendered: RendererOutput) -> None:
+    """The evaluated mask of rays without a surface, where ``SignedDistanceFunctionRenderer`` has none of its own.
+
+    It calls rays opaque where none of a chunk meets the surface: the mask must not depend on what else is in the chunk. And it
+    takes the distance at the camera for a ray that misses the traced sphere, where nothing was trained: that ray sees nothing.
+    Training stays Implicitron's.
+    """
+    if kwargs["evaluation_mode"] is not EvaluationMode.EVALUATION:
+        return
+    bundle = args[0] if args else kwargs["ray_bundle"]
+    if not rendered.normals.any():
+        points = bundle.origins + rendered.depths * bundle.directions
+        distance = kwargs["implicit_functions"][0](rays_points_world=points.reshape(-1, 3))[:, :1]
+        rendered.masks = torch.sigmoid(-renderer.soft_mask_alpha * distance).reshape(rendered.masks.shape)
+    closest = torch.linalg.cross(bundle.origins, bundle.directions).norm(dim=-1, keepdim=True)  # to the sphere's centre
+    rendered.masks = torch.where(closest > renderer.object_bounding_sphere, 0.0, rendered.masks)
 
 
 @contextmanager
