@@ -8,6 +8,7 @@ from co3d_ensemble.config import TrainingConfig
 from co3d_ensemble.functional.cameras import pinhole_from_ndc, so3_exp
 from co3d_ensemble.functional.types import Frame
 from co3d_ensemble.plugin.implicitron_model import ImplicitronModel
+from co3d_ensemble.plugin.source_views import SourceSettings
 from co3d_ensemble.training.implicitron_task import ImplicitronTask
 
 N_RAYS = 24
@@ -32,7 +33,7 @@ def frame(number: int, *, size=(6, 8), depth=False) -> Frame:
     )
 
 
-def task(train=None, val=None, *, frames_per_step=1, **model_args) -> ImplicitronTask:
+def task(train=None, val=None, *, frames_per_step=1, sources=None, **model_args) -> ImplicitronTask:
     torch.manual_seed(0)
     args = {
         "num_passes": 2,
@@ -51,7 +52,10 @@ def task(train=None, val=None, *, frames_per_step=1, **model_args) -> Implicitro
     }
     train = [frame(n) for n in range(4)] if train is None else train
     return ImplicitronTask(
-        ImplicitronModel("GenericModel", args, render_size=(6, 8), scene_sphere=((0.0, 0.0, 0.0), 1.5)),
+        ImplicitronModel(
+            "GenericModel", args, render_size=(6, 8), scene_sphere=((0.0, 0.0, 0.0), 1.5),
+            training_frames=train if args.get("view_pooler_enabled") else (), source_settings=sources,
+        ),
         train_frames=train,
         val_frames=[frame(9)] if val is None else val,
         training=TrainingConfig(lr=0.01),
@@ -173,3 +177,80 @@ def test_pictures_show_target_render_depth_and_mask_side_by_side():
 
 def test_the_structure_never_changes():
     assert task().structure(0) is False
+
+
+# Models that pool features
+
+POOLING = {
+    "n_train_target_views": 1,
+    "view_pooler_enabled": True,
+    "image_feature_extractor_class_type": "ResNetFeatureExtractor",
+    "image_feature_extractor_ResNetFeatureExtractor_args": {"name": "resnet18", "stages": [1], "proj_dim": 4, "image_rescale": 1.0},
+}
+
+
+def pooling_task(train=None, *, views=3, min_views=2, frames_per_step=1, **changes) -> ImplicitronTask:
+    train = [frame(n) for n in range(6)] if train is None else train
+    return task(train, frames_per_step=frames_per_step, sources=SourceSettings(views=views, min_views=min_views), **{**POOLING, **changes})
+
+
+def test_a_step_of_a_pooling_model_has_its_target_and_then_a_drawn_number_of_sources():
+    trained = pooling_task()
+    counts = []
+    for seed in range(30):
+        torch.manual_seed(seed)
+        batch = trained.batch(0)
+        counts.append(len(batch["sequence_name"]))
+        pictures = batch["image_rgb"].flatten(1)
+        assert len({float(picture.sum()) for picture in pictures}) == len(pictures) == batch["camera"].R.shape[0]
+    assert set(counts) == {3, 4}  # the target and 2 or 3 sources
+
+
+def test_no_more_sources_are_drawn_than_there_are_frames():
+    trained = pooling_task([frame(n) for n in range(3)], views=9)
+    assert {len(trained.batch(step)["sequence_name"]) for step in range(10)} == {3}
+
+
+def test_a_pooling_model_learns_and_validates_from_its_own_photographs():
+    trained = pooling_task()
+    before = trained.validate()
+    objectives = optimise(trained, steps=3)
+    assert all(torch.isfinite(torch.tensor(objectives)))
+    assert trained.validate() != before and trained.rays_per_step == N_RAYS
+    assert frame(9).rgb.tolist() not in trained.model.source_views.rgb.tolist()  # the validation frame is not among them
+
+
+def test_a_pooling_model_goes_on_from_its_state_as_if_never_interrupted():
+    whole, first, second = pooling_task(), pooling_task(), pooling_task()
+    for trained, steps in ((whole, (0, 1, 2)), (first, (0, 1))):
+        sgd(trained, steps)
+    second.model.load_state_dict(first.model.state_dict())
+    sgd(second, (2,))
+    assert all(torch.equal(value, second.model.state_dict()[name]) for name, value in whole.model.state_dict().items())
+
+
+def sgd(trained: ImplicitronTask, steps) -> None:
+    """Steps without an optimizer's state."""
+    optimizer = torch.optim.SGD(trained.parameter_groups(), lr=1e-3)
+    for step in steps:
+        torch.manual_seed(1000 + step)
+        losses = trained.losses(trained.batch(step))
+        optimizer.zero_grad()
+        sum(weight * losses[name] for name, weight in trained.loss_weights.items()).backward()
+        optimizer.step()
+
+
+def test_targets_that_a_pooling_model_would_take_for_sources_are_refused():
+    with pytest.raises(ValueError, match="frames_per_step=2: this model pools features and renders n_train_target_views=1"):
+        pooling_task(frames_per_step=2)
+    assert len(pooling_task(frames_per_step=2, n_train_target_views=2).batch(0)["sequence_name"]) in (4, 5)
+
+
+def test_too_few_frames_to_pool_from_are_refused():
+    with pytest.raises(ValueError, match="min_source_views=2 need 3 training frames, there are 2"):
+        pooling_task([frame(0), frame(1)])
+
+
+def test_photographs_of_mixed_sizes_cannot_be_pooled_from():
+    with pytest.raises(ValueError, match=r"pooling features.*thing/0 has \(6, 8\), thing/1 \(9, 5\)"):
+        pooling_task([frame(0), frame(1, size=(9, 5)), frame(2)])
