@@ -51,11 +51,11 @@ def compose_ensemble(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) ->
     general = [override for override in overrides if not _FOR_ONE.fullmatch(override)]
     own = [override for override in general if _group(override) in (*EnsembleConfig.__dataclass_fields__, "experiment")]
     shared = [override for override in general if override not in own]
-    ConfigStore.instance().store(name="ensemble_schema", node=EnsembleConfig)
+    schema = OmegaConf.structured(EnsembleConfig)
+    # untyped, for OmegaConf cannot add a member to a typed dictionary key by key; types and unknown keys are checked below
+    ConfigStore.instance().store(name="ensemble_schema", node=OmegaConf.to_container(schema))
     with initialize_config_dir(str(config_dir), version_base="1.3"):
-        config = compose("train_ensemble", own)
-    # Hydra's "+key=value" adds what the schema lacks: refused here like any other unknown key
-    OmegaConf.merge(OmegaConf.structured(EnsembleConfig), OmegaConf.to_container(config))
+        config = OmegaConf.merge(schema, OmegaConf.to_container(compose("train_ensemble", own)))
     validate_ensemble(config)
     unknown = sorted({name for name, _ in special} - set(config.members))
     if unknown:

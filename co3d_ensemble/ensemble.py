@@ -98,7 +98,10 @@ def fuse_sequence(config: DictConfig) -> dict[str, Any]:
 
 def _made_from(path: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
     """What the file holds if it was made from the same checkpoints and settings."""
-    content = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it to make it again") from error
     return content if content.get("made_from") == made_from else None
 
 

@@ -1,4 +1,4 @@
-"""The main job on generated data: photographs, training, evaluation, submission, pictures (two and a half minutes on two cores).
+"""The main job on generated data: photographs, training of an ensemble, evaluation, submission, pictures (under five minutes on two cores).
 
     python launch/demo.py                         # writes demo_output/
     python launch/demo.py output=OUT steps=300    # elsewhere, shorter
@@ -8,7 +8,6 @@ A finished demo is not trained again; delete the folder to start over. An interr
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from co3d_ensemble.assembly import compose_experiment
 from co3d_ensemble.challenge.scoring import format_table, load_ground_truth
+from co3d_ensemble.composition import compose_ensemble
 from co3d_ensemble.data.co3d import CO3DIndex
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
+from co3d_ensemble.ensemble import format_members, train_ensemble
 from co3d_ensemble.functional.metrics import psnr_masked
-from co3d_ensemble.pipeline import train_sequence
 from co3d_ensemble.scripts import run_with_settings
 from co3d_ensemble.submission import export_submission
 
@@ -31,7 +30,7 @@ CATEGORY, SUBSET = "mug", "manyview_dev_0"
 @dataclass
 class DemoConfig:
     output: str = "demo_output"
-    steps: int | None = None
+    steps: int | None = None  # of every member
     device: str = "auto"
 
 
@@ -50,22 +49,21 @@ def demo(options: DemoConfig) -> int:
     if not (root / "category_to_subset_name_list.json").exists():
         print(f"photographing a generated {CATEGORY} into {root}", flush=True)
         generate_dataset(root, {CATEGORY: [SUBSET]}, SyntheticConfig())
-    overrides = ["experiment=nerf_demo", f"dataset_root={root}", f"category={CATEGORY}", f"subset_name={SUBSET}"]
+    overrides = ["experiment=ensemble_demo", f"dataset_root={root}", f"category={CATEGORY}", f"subset_name={SUBSET}"]
     overrides += [f"output_dir={output}", f"device={options.device}"]
     overrides += [] if options.steps is None else [f"training.max_steps={options.steps}"]
-    config = compose_experiment(overrides)
-    status = train_sequence(config).exit_status
-    if status:
+    config, members = compose_ensemble(overrides)
+    status, results = train_ensemble(config, members)
+    if results is None:
         return status
-    exported = export_submission(root, output, sequence_set="dev", models=[config.member], device=options.device)
-    run = output / CATEGORY / SUBSET / config.member
-    metrics = json.loads((run / "results.json").read_text())["metrics"]
-    print(f"\n{format_table(exported['results'])}\n")
-    print(f"target frames never seen in training: psnr_masked {metrics['psnr_masked']:.2f} dB, IoU {metrics['iou']:.3f}")
+    exported = export_submission(root, output, sequence_set="dev", models=[config.name], device=options.device)
+    folder = output / CATEGORY / SUBSET
+    print(f"\nthe submission's own bytes, at the photographs' size:\n{format_table(exported['results'])}\n")
+    print(f"target frames never seen in training:\n{format_members(results, config.name)}")
     print(f"for comparison, their exact masks filled with the object's mean colour: psnr_masked {mean_colour_psnr(root):.2f} dB")
     print(f"submission: {exported['archive']}")
-    print(f"all of the run: {run} (tensorboard --logdir {output})")
-    print(f"pictures (photograph | target | render | depth | mask | error): {run / 'targets.png'}")
+    print(f"members and ensemble: {', '.join(str(folder / name) for name in (*members, config.name))} (tensorboard --logdir {output})")
+    print(f"pictures (target | members | ensemble | depth | mask | error | disagreement): {folder / config.name / 'targets.png'}")
     print(f"{time.perf_counter() - started:.0f} seconds")
     return 0
 

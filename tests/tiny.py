@@ -33,6 +33,14 @@ MODEL = {
     "model.renderer.n_pts_per_ray_fine": 8,
     "model.occupancy.resolution": 16,
 }
+TENSORF = {
+    "model.tensorf.resolution": 8,
+    "model.tensorf.n_density": 2,
+    "model.tensorf.n_appearance": 4,
+    "model.tensorf.n_features": 6,
+    "model.tensorf.n_hidden": 8,
+    "model.grid.final_resolution": 12,
+}
 TRAINING = {
     "data.longest_side": 24,
     "training.n_rays": 32,
@@ -51,7 +59,7 @@ def train_arguments(root: Path, output: Path, **settings: Any) -> list[str]:
     """Arguments of ``train_sequence``; ``__`` in a setting's name stands for its dot."""
     chosen = {"experiment": "nerf_laptop", "dataset_root": root, "output_dir": output, "category": "mug", "device": "cpu"}
     if not str(settings.get("experiment", "nerf")).startswith("implicitron"):
-        chosen |= MODEL
+        chosen |= MODEL | TENSORF
     else:
         chosen["member"] = "nerf"
     chosen |= TRAINING | {key.replace("__", "."): value for key, value in settings.items()}
