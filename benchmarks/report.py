@@ -70,7 +70,27 @@ def quality_section(result: Mapping[str, Any]) -> list[str]:
     return [*lines, "", sentence, ""]
 
 
-SECTIONS = {"nerf_step": step_section, "time_to_quality": quality_section}
+PEER_METRICS = ("psnr_masked", "psnr_fg", "psnr_full_image", "depth_abs_fg", "iou", "ssim", "lpips")
+
+
+def peers_section(result: Mapping[str, Any]) -> list[str]:
+    """Of one result of peers.py: a row per model, and below why the others have none."""
+    rows, reasons = [], []
+    for row in result["rows"]:
+        if row["metrics"] is None:
+            reasons.append(f"- {row['name']}: {row['reason']}")
+            continue
+        steps = " + ".join(f"{steps:,}" for steps in row["steps"])
+        values = [number(row["metrics"].get(name), 2 if "psnr" in name else 3) for name in PEER_METRICS]
+        rows.append([f"{row['name']} (`{row['experiment']}`)", steps, number(row["seconds"] / 60), *values])
+    title = f"Peers: {result['minutes']:g} minutes of training each"
+    lines = heading(result, title) + table(["model", "steps", "minutes", *PEER_METRICS], rows)
+    reference = number(result["reference_db"], 2)
+    lines += ["", f"On {result['sequence']}; the mask hull in its mean colour scores psnr_masked {reference} dB.", ""]
+    return [*lines, "Without scores:", "", *reasons, ""] if reasons else lines
+
+
+SECTIONS = {"nerf_step": step_section, "time_to_quality": quality_section, "peers": peers_section}
 
 
 def figures(results: Sequence[Mapping[str, Any]]) -> str:
