@@ -19,6 +19,7 @@ import co3d_ensemble.files
 import co3d_ensemble.training.checkpoint
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
 from co3d_ensemble.plugin.model import ObjectModel
+from co3d_ensemble.plugin.tensorf_model import TensoRFModel
 from co3d_ensemble.training.ray_bank_task import RayBankTask
 from launch import evaluate_submission, export_submission, train_sequence
 
@@ -128,6 +129,8 @@ def die_at(moment: str, count: int) -> None:
     owner, name = {
         "step": (RayBankTask, "losses"),
         "refinement": (RayBankTask, "structure"),
+        "shrink": (TensoRFModel, "shrink"),
+        "upsampling": (TensoRFModel, "upsample"),
         "bytes of a checkpoint": (co3d_ensemble.training.checkpoint._HashingWriter, "write"),
         "rename": (os, "replace"),
         "sync": (os, "fsync"),

@@ -186,7 +186,6 @@ class TensoRFImplicitFunction(_FunctionInBox, TensoRFConfig, ImplicitFunctionBas
         corners = torch.cartesian_prod(*self.box.T)
         local = self.to_field(corners)
         box = torch.stack((local.amin(dim=0), local.amax(dim=0)))
-        longer = float((box[1] - box[0]).max() / (self.box[1] - self.box[0]).max())  # 1 without a gauge: the unit is the object's
         self.field = VMField(
             box,
             resolution=grid_resolution(self.resolution**3, (box[1] - box[0]).tolist()),
@@ -197,7 +196,7 @@ class TensoRFImplicitFunction(_FunctionInBox, TensoRFConfig, ImplicitFunctionBas
             n_harmonics_features=self.n_harmonics_features,
             n_harmonics_dir=self.n_harmonics_dir,
             density_shift=self.density_shift,
-            distance_scale=self.distance_scale * longer,
+            distance_scale=self.distance_scale,
             init_std=self.init_std,
             tv_normalization=self.tv_normalization,
             tv_lines=self.tv_lines,
@@ -219,7 +218,9 @@ class TensoRFImplicitFunction(_FunctionInBox, TensoRFConfig, ImplicitFunctionBas
 
     def density(self, points: Tensor) -> Tensor:
         """Density per world unit (n,) at world points (n, 3)."""
-        return self.field.density(self.to_field(points))
+        # the field's unit is a third of its own box, which a gauge makes larger than the object's
+        box, of_field = self.box, self.field.initial_box
+        return self.field.density(self.to_field(points)) * ((of_field[1] - of_field[0]).max() / (box[1] - box[0]).max())
 
     def forward(
         self, *, ray_bundle: ImplicitronRayBundle, occupied: Tensor | None = None, **kwargs: Any
