@@ -28,6 +28,7 @@ FLOORS = {
     "fusing": 8,
     "ensemble": 9,
     "submission": 9,
+    "ablation": 10,
     "scripts": 6,  # what launch scripts share
 }
 LEAVES = ("config", "files", "scripts")  # import nothing of the package, so all but functional may import them
