@@ -86,7 +86,7 @@ def target_files(folder, root):
 
 def never(monkeypatch, *places):
     for owner, name in places:
-        monkeypatch.setattr(owner, name, lambda *_, **__: pytest.fail(f"{name} was called"))
+        monkeypatch.setattr(owner, name, lambda *_, name=name, **__: pytest.fail(f"{name} was called"))
 
 
 # What one command leaves
@@ -170,10 +170,10 @@ def test_identical_members_are_an_ensemble_equal_to_them_without_uncertainty(out
 
 
 def test_targets_without_ground_truth_are_fused_in_the_export_and_not_scored(root, tmp_path):
-    assert train(root, tmp_path, **{**TWO_NERFS, "subset_name": TEST, "training__max_steps": 2}) == 0
+    assert train(root, tmp_path, **{**TWO_NERFS, "subset_name": TEST, "training__max_steps": 2, "fusion__method": "mean"}) == 0
     results = results_of(tmp_path, subset_name=TEST)
     assert set(results["metrics"].values()) == {None} and results["reasons"]["iou"] == "no target has ground truth"
-    assert results["fusion"]["chosen"]["color"] in json.loads((folder_of(tmp_path, subset_name=TEST) / "fusion.json").read_text())["candidates"]
+    assert results["fusion"]["chosen"] == {"color": "mean", "mask": "mean"} and recorded_fusion(folder_of(tmp_path, subset_name=TEST))
     assert export(root, tmp_path, "models=[ensemble]", "sequence_set=test") == 0
     assert len(list(folder_of(tmp_path, subset_name=TEST).rglob("*_uncertainty.npz"))) == 2
 

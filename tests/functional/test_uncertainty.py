@@ -8,8 +8,15 @@ import math
 import pytest
 import torch
 
-from co3d_ensemble.functional.types import RenderedView
-from co3d_ensemble.functional.uncertainty import color_disagreement, depth_disagreement, rank_correlation, sparsification_error
+from co3d_ensemble.functional.fusion import fuse_views
+from co3d_ensemble.functional.types import Frame, PinholeCamera, RenderedView
+from co3d_ensemble.functional.uncertainty import (
+    color_disagreement,
+    depth_disagreement,
+    rank_correlation,
+    score_uncertainty,
+    sparsification_error,
+)
 
 
 def pixel(rgb: float, z: float, alpha: float) -> RenderedView:
@@ -135,3 +142,46 @@ def test_ause_without_error_is_0_and_without_pixels_nan():
 def test_bad_input_is_refused(uncertainty, error, told):
     with pytest.raises(ValueError, match=told):
         sparsification_error(uncertainty, error)
+
+
+def scored_frame(*, depth: torch.Tensor | None, size: int = 20) -> Frame:
+    camera = PinholeCamera(torch.eye(3), torch.zeros(3), torch.ones(2), torch.ones(2), size, size)
+    mask = torch.zeros(1, size, size, dtype=torch.uint8)
+    mask[:, :, : size // 2] = 255
+    rgb = torch.full((3, size, size), 102, dtype=torch.uint8)  # 0.4
+    return Frame("s/1", "s", 1, rgb, mask, camera, depth)
+
+
+def test_uncertainty_that_follows_the_errors_scores_well_and_the_reverse_badly():
+    size = 20
+    ramp = torch.linspace(0.0, 0.2, size).view(1, size, 1).expand(1, size, size)
+    truth = torch.full((1, size, size), 2.0)
+    frame, inside = scored_frame(depth=truth), (torch.arange(size) < size // 2).float()
+
+    def view(sign: float, error: torch.Tensor) -> RenderedView:
+        spread = sign * ramp * inside
+        return RenderedView(
+            (0.4 * inside + error * inside + spread).expand(3, size, size), truth + spread + error**2, inside.expand(1, size, size)
+        )
+
+    for error, good in ((ramp, True), (0.2 - ramp, False)):
+        views = [view(1.0, error), view(-1.0, error)]
+        scores = score_uncertainty(views, fuse_views(views), frame)
+        for plane in ("rgb", "depth"):
+            assert (scores[plane]["spearman"] > 0.5) == good and (scores[plane]["ause"] < 0.1) == good, (plane, scores)
+
+
+def test_uncertainty_of_colour_counts_the_pixels_of_either_mask_and_of_depth_those_with_two_surfaces():
+    frame = scored_frame(depth=torch.full((1, 20, 20), 2.0))
+    inside = (frame.mask > 0).float()
+    alone = RenderedView(0.4 * inside.expand(3, 20, 20), 2 * inside, inside)
+    nothing = RenderedView(torch.zeros(3, 20, 20), torch.zeros(1, 20, 20), torch.zeros(1, 20, 20))
+    scores = score_uncertainty([alone, nothing], fuse_views([alone, nothing]), frame)
+    assert scores["depth"] == {"spearman": None, "ause": None}  # nowhere two surfaces
+    assert scores["rgb"]["spearman"] is None and scores["rgb"]["ause"] == pytest.approx(0.0, abs=1e-6)  # all alike inside
+
+
+def test_without_ground_truth_depth_its_scores_are_none():
+    view = RenderedView(torch.rand(3, 20, 20), torch.ones(1, 20, 20), torch.ones(1, 20, 20))
+    scores = score_uncertainty([view, view], view, scored_frame(depth=None))
+    assert scores["depth"] == {"spearman": None, "ause": None}

@@ -11,7 +11,15 @@ from PIL import Image
 
 from co3d_ensemble.functional.types import RenderedView
 from co3d_ensemble.report import pictures
-from co3d_ensemble.report.pictures import COLUMNS, comparison_sheet, depth_to_rgb, error_to_rgb, save_picture, training_curve
+from co3d_ensemble.report.pictures import (
+    COLUMNS,
+    comparison_sheet,
+    depth_to_rgb,
+    ensemble_sheet,
+    error_to_rgb,
+    save_picture,
+    training_curve,
+)
 
 RED, BLUE = 0, 2
 
@@ -41,6 +49,28 @@ def test_a_row_shows_photograph_target_render_depth_mask_and_error():
     assert torch.equal(shown[3], depth_to_rgb(view.depth, view.mask))
     assert torch.equal(shown[4], pictures.to_uint8(view.mask))
     assert shown[5].unique().numel() <= 3 and shown[5].max() < 8  # no error: inferno's near black
+
+
+@pytest.mark.parametrize("members", [("nerf", "tensorf"), ("a", "b", "a name that is far too long for its column")])
+def test_an_ensemble_s_row_shows_target_members_fusion_depth_mask_error_and_disagreement(members):
+    photograph, view, mask = frame(200, 240)
+    views = [RenderedView(view.rgb * (0.5 + i / 10), view.depth, view.mask) for i in range(len(members))]
+    deviation = torch.linspace(0, pictures.DISAGREEMENT_RANGE, 240).expand(1, 200, 240)
+    sheet = ensemble_sheet(members, [("s/1", photograph, mask, views, view, deviation)])
+    count = len(members) + 6
+    assert sheet.shape[2] == pictures._GAP + count * (240 + pictures._GAP)
+    top = pictures._HEADER + pictures._CAPTION
+    left = [pictures._GAP + column * (240 + pictures._GAP) for column in range(count)]
+    target, *shown, fused, depth, opacity, error, uncertain = (sheet[:, top : top + 200, x : x + 240] for x in left)
+    assert torch.equal(target, pictures.to_uint8(photograph * mask)) and torch.equal(fused, pictures.to_uint8(view.rgb))
+    assert all(torch.equal(cell, pictures.to_uint8(member.rgb)) for cell, member in zip(shown, views))
+    assert torch.equal(depth, depth_to_rgb(view.depth, view.mask)) and torch.equal(opacity, pictures.to_uint8(view.mask))
+    assert error.max() < 8 and uncertain[..., -1].int().sum(dim=0).min() > 600 > uncertain[..., 0].int().sum(dim=0).max()
+
+
+def test_an_ensemble_s_sheet_without_rows_is_refused():
+    with pytest.raises(ValueError, match="at least one row"):
+        ensemble_sheet(("a", "b"), [])
 
 
 def test_uint8_photographs_and_masks_give_the_same_sheet():
