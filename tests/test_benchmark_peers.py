@@ -1,0 +1,110 @@
+"""benchmarks/peers.py on a tiny generated sequence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import peers
+from benchmarks.report import figures
+from tests.tiny import MODEL, generated
+
+DEV = "manyview_dev_0"
+SMALL = {"data.longest_side": 24, "training.n_rays": 32, "data.val_share": 0.2}
+SRN = "model.implicitron.args.implicit_function_SRNImplicitFunction_args"
+NARROW = (f"{SRN}.raymarch_function_args.n_hidden_units=16", f"{SRN}.pixel_generator_args.n_hidden_units=16")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return generated(tmp_path_factory.mktemp("root"), {"mug": [DEV]})
+
+
+def arguments(root, output, *more: str) -> list[str]:
+    small = [word for key, value in SMALL.items() for word in ("--override", f"{key}={value}")]
+    nerf = [word for key, value in MODEL.items() for word in ("--override-row", f"nerf:{key}={value}")]
+    srn = [word for setting in NARROW for word in ("--override-row", f"implicitron_srn:{setting}")]
+    place = ["--dataset-root", str(root), "--category", "mug", "--output", str(output), "--device", "cpu", "--minutes", "0.05"]
+    return [*place, *small, *nerf, *srn, *more]
+
+
+def test_rows_are_trained_for_equal_times_scored_and_tabled_and_a_second_call_only_reads(root, tmp_path, capsys):
+    output = tmp_path / "peers"
+    assert peers.main(arguments(root, output, "--rows", "nerf")) == 0
+    trained = (output / "nerf" / "mug" / DEV / "nerf" / "checkpoints" / "best.pt").stat().st_mtime_ns
+    assert peers.main(arguments(root, output, "--rows", "nerf,implicitron_srn", "--json", str(tmp_path / "result.json"))) == 0
+    assert (output / "nerf" / "mug" / DEV / "nerf" / "checkpoints" / "best.pt").stat().st_mtime_ns == trained
+    result = json.loads((tmp_path / "result.json").read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == list(peers.ROWS) and result["benchmark"] == "peers" and result["minutes"] == 0.05
+    for name in ("nerf", "implicitron_srn"):
+        row = rows[name]
+        assert row["metrics"]["psnr_masked"] > 0 and row["steps"][0] > 0 and row["reason"] is None
+        assert 0 < row["seconds"] < 30  # of 3: the loop's start counts as well
+        budget = json.loads(next((output / name).rglob("budget.json")).read_text())
+        assert budget["budget_minutes"] == 0.05
+    assert rows["implicitron_idr"]["metrics"] is None and rows["implicitron_idr"]["reason"] == "not trained yet"
+    table = (output / "peers.md").read_text()
+    assert "| nerf (`nerf_laptop`) |" in table and "- implicitron_idr: not trained yet" in table
+    assert table in capsys.readouterr().out and table.strip() in figures([result]) + "\n"
+
+
+def test_an_output_of_another_budget_is_refused(root, tmp_path, capsys):
+    output = tmp_path / "peers"
+    output.mkdir()
+    begun = {"minutes": 7.0, "sizes": "laptop", "category": "mug", "device": "cpu", "override": [], "override_row": []}
+    (output / peers.PLAN).write_text(json.dumps(begun))
+    assert peers.main(["--dataset-root", str(root), "--category", "mug", "--output", str(output), "--device", "cpu"]) == 1
+    assert "was begun with minutes=7.0" in capsys.readouterr().err
+
+
+def test_a_row_whose_experiment_is_not_there_or_fails_has_a_reason_and_the_others_go_on(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "ROWS", ("nerf", "radiance_potato", "implicitron_srn"))
+    more = ("--override-row", "nerf:training.schedule=nope")
+    assert peers.main(arguments(root, tmp_path / "peers", *more)) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "peers" / "peers.json").read_text())["rows"]}
+    assert rows["radiance_potato"]["reason"] == "there is no experiment radiance_potato_laptop"
+    assert "training.schedule='nope'" in rows["nerf"]["reason"]
+    assert rows["implicitron_srn"]["metrics"]["psnr_masked"] > 0
+
+
+def test_an_ensembles_members_share_the_time_of_a_row(root, tmp_path):
+    given = peers.parse_arguments(["--output", str(tmp_path), "--minutes", "10"])
+    place = {"root": root, "category": "mug", "device": torch.device("cpu")}
+    row = peers.planned_row("ensemble", given, **place)
+    assert row.overrides[-1] == "training.budget_minutes=5.0"
+    assert [folder.name for folder in row.member_folders] == ["nerf", "tensorf"] and row.folder.name == "ensemble"
+    alone = peers.planned_row("implicitron_idr", given, **place)
+    assert alone.overrides[-1] == "training.budget_minutes=10.0" and alone.member_folders == (alone.folder,)
+
+
+@pytest.mark.parametrize("sizes", ["laptop", "full"])
+def test_every_row_s_experiment_composes(root, tmp_path, sizes):
+    given = peers.parse_arguments(["--output", str(tmp_path), "--sizes", sizes])
+    for name in peers.ROWS:
+        row = peers.planned_row(name, given, root=root, category="mug", device=torch.device("cpu"))
+        assert row.experiment == (name if sizes == "full" else f"{name}_laptop")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rows", "nerv"], "nerv: expected some of nerf, tensorf"),
+        (["--override-row", "nerf"], "ROW:KEY=VALUE"),
+        (["--minutes", "0"], "--minutes must be positive"),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path, capsys, words, message):
+    with pytest.raises(SystemExit):
+        peers.parse_arguments(["--output", str(tmp_path), *words])
+    assert message in capsys.readouterr().err
