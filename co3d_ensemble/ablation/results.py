@@ -119,7 +119,7 @@ class Results:
     def write_report(self, output: Path, heading: str) -> None:
         """``table.md``, ``table.csv``, ``cells.csv``, ``differences.png`` and ``curves.png`` in ``output``."""
         rows = [self.scores(row) for row in self.plan.rows]
-        parts = [heading, markdown_table(rows), "psnr_masked by sequence:", sequence_table(rows)]
+        parts = [heading, markdown_table(rows), "psnr_masked by sequence:\n", sequence_table(rows)]
         if self.failures:
             parts.append("Failed cells:\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in self.failures.items()) + "\n")
         write_text_atomic(output / "table.md", "\n".join(parts))

@@ -27,7 +27,7 @@ from co3d_ensemble.training.lock import FolderLock
 logger = logging.getLogger(__name__)
 
 REPOSITORY = CONFIG_DIR.parent
-SECONDS_BETWEEN_REPORTS = 60.0
+SECONDS_BETWEEN_REPORTS = 120.0
 
 
 def ablate(settings: AblationConfig, command: Sequence[str] = ()) -> int:

@@ -72,7 +72,8 @@ def plot_curves(validation: Mapping[str, Curve], fit: Mapping[str, tuple[Curve, 
             right.plot(*zip(*unseen), "-", marker=".", linewidth=1.2, color=colors[name], label=name)
             right.plot(*zip(*fitted), "--", linewidth=1.0, color=colors[name])
     left.set_ylabel("psnr_masked of the validation frames, dB")
-    right.set_ylabel("foreground psnr, dB: validation frames (solid), training rays (dashed)")
+    right.set_ylabel("foreground psnr, dB")
+    right.set_title("validation frames (solid) and training rays (dashed)", fontsize=9)
     for axes in (left, right):
         axes.set_xlabel("share of the training steps")
         axes.grid(alpha=0.3)

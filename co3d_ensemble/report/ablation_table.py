@@ -20,12 +20,13 @@ SCORES = ("psnr_masked", "psnr_fg", "iou", "depth_abs_fg", "ssim")
 DIFFERENCES = ("psnr_masked", "iou")  # also with intervals
 DIGITS = {"psnr_masked": 2, "psnr_fg": 2, "iou": 4, "depth_abs_fg": 4, "ssim": 4}
 HOW = (
-    "A difference is the mean of (row - the row it builds on) over the finished cells that both have, paired by sequence and seed; "
-    "`- part` rows take a part away, so there a negative difference means that the part helps. "
-    "Intervals are 95 %, mean +- t s / sqrt(n) with Student's t at n - 1 degrees of freedom. *Over cells*: n is the number of "
-    "(sequence, seed) pairs, taken as independent: what to expect of other seeds on these sequences. *Over sequences*: n is the number "
-    "of sequences, each the mean of its seeds: what to expect of other sequences like these; wider, and the safer one. **Bold**: the "
-    "interval over cells excludes 0. With {comparisons} comparisons about {false:.1f} would do so by chance alone."
+    "Rows nerf_* are of the NeRF member, tensorf_* of TensoRF. A difference is the mean of (row - the row it builds on) over the "
+    "finished cells that both have, paired by sequence and seed; `- part` rows take a part away, so there a negative difference means "
+    "that the part helps. Intervals are 95 %, mean +- t s / sqrt(n) with Student's t at n - 1 degrees of freedom. *Over cells*: n is "
+    "the number of (sequence, seed) pairs, taken as independent: what to expect of other seeds on these sequences. *Over sequences*: n "
+    "is the number of sequences, each the mean of its seeds: what to expect of other sequences like these. **Bold**: the interval over "
+    "cells excludes 0; with {comparisons} comparisons about {false:.1f} would do so by chance alone. *Min per cell* is training without "
+    "loading and scoring, *best at* the share of the steps after which the validation was best, whose weights are scored."
 )
 
 

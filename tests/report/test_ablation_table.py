@@ -57,7 +57,7 @@ def test_the_markdown_table_shows_means_differences_and_what_is_missing():
     assert " -0.87 +- 1.52 " in row and " -0.70 +- 6.35 " in row  # neither excludes 0
     assert " **-0.0500 +- 0.0000** " in row and " 1.5 " in row and " 90% " in row
     assert "- row: stands in for another" in text
-    assert "With 1 comparisons" in text and "Student's t" in text
+    assert "with 1 comparisons" in text and "Student's t" in text
 
 
 def test_one_cell_has_a_difference_without_an_interval():
