@@ -10,18 +10,22 @@ import os
 import time
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from co3d_ensemble.ablation import cells
 from co3d_ensemble.ablation import run as ablation_run
 from co3d_ensemble.ablation.cells import Plan, best_row, owners, quoted
-from co3d_ensemble.ablation.fused import FusedCell
+from co3d_ensemble.ablation.fused import FusedCell, read_fused
+from co3d_ensemble.ablation.fused import main as fused_main
 from co3d_ensemble.ablation.jobs import Outcome
 from co3d_ensemble.ablation.results import Results, curve_rows
 from co3d_ensemble.ablation.rows import ROWS, SWITCHES, rows_named
 from co3d_ensemble.ablation.run import ablate, generate_missing
 from co3d_ensemble.ablation.settings import PRESETS, AblationConfig, preset_defaults
-from co3d_ensemble.assembly import compose_experiment
+from co3d_ensemble.assembly import compose_experiment, load_scene, make_task
+from co3d_ensemble.pipeline import train_sequence
+from co3d_ensemble.training.stepper import Stepper
 from launch import ablation
 from tests.tiny import MODEL, SIZES, TRAINING, generated
 
@@ -90,10 +94,30 @@ def test_the_slides_rows_add_one_part_each():
 @pytest.mark.parametrize("row", [row for row in ROWS if row.is_trained], ids=lambda row: row.name)
 def test_a_rows_switches_change_just_what_it_says(row):
     kind = [f"experiment={row.kind}_laptop"]
-    whole, changed = compose_experiment(kind), compose_experiment([*kind, *row.recipe()])
+    whole, changed = compose_once(*kind), compose_once(*kind, *row.recipe())
     differs = {key for key in ("model", "training", "data") if whole[key] != changed[key]}
     is_whole = row.name in ("tensorf", "nerf_entropy")  # the presets have jitter off
     assert differs == set() if is_whole else differs <= {"model", "training"} and differs
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    root = generated(tmp_path_factory.mktemp("root"), {"mug": [DEV]})
+    return load_scene(compose_experiment([*NERF, f"dataset_root={root}", "category=mug"]))
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.is_trained], ids=lambda row: row.name)
+def test_every_row_makes_a_step_with_its_losses_and_no_other(row, scene):
+    recipe = NERF if row.kind == "nerf" else TENSORF
+    config = compose_experiment([*recipe, *row.recipe(), "category=mug"])
+    task = make_task(config, config.training, scene, torch.device("cpu"))
+    stepper = Stepper(task, config.training, deferred=False)
+    stepper.run(0)  # raises where a weighted loss is not computed
+    assert stepper.weights
+    assert ("loss_roi_rgb" in stepper.weights) != ("loss_rgb" in stepper.weights)
+    assert ("loss_alpha_bce" in stepper.weights) == ("bce" not in row.without)
+    assert (task.model.occupancy is None) == ("occupancy" in row.without)
+    assert (stepper.ema is None) == ("ema" in row.without)
 
 
 def test_asking_for_an_ensemble_asks_for_what_it_fuses_in_the_tables_order():
@@ -221,21 +245,22 @@ def test_curves_are_shown_of_what_leads_up_to_the_ensemble_and_not_of_leave_one_
 # Runs
 
 
-def test_a_table_is_trained_fused_and_reported_and_then_left_alone(root, tmp_path, monkeypatch):
-    settings = settings_of(tmp_path, rows=["nerf_baseline", "nerf_entropy", "tensorf"], jobs=2)
-    assert ablate(settings, ["python", "launch/ablation.py", f"output_dir={tmp_path}/out"]) == 0
+def test_a_table_is_trained_and_reported_a_failing_cell_named_and_what_is_done_left_alone(root, tmp_path, monkeypatch):
+    broken = {"nerf_baseline": ["data.min_known_frames=99"]}
+    settings = settings_of(tmp_path, rows=["nerf_baseline", "nerf_entropy"], row_overrides=broken, jobs=2)
+    assert ablate(settings, ["python", "launch/ablation.py", f"output_dir={tmp_path}/out"]) == 1
     out = tmp_path / "out"
     text = (out / "table.md").read_text()
-    assert "| nerf_entropy |" in text and str(tmp_path) not in text
+    assert "| nerf_entropy |" in text and str(tmp_path) not in text.partition("Failed cells")[0]
+    assert f"mug/{DEV}/nerf_baseline_seed0: exit 1: " in text and "min_known_frames" in text
     rows = {row["row"]: row for row in csv.DictReader(io.StringIO((out / "table.csv").read_text()))}
-    results = json.loads((out / "mug" / DEV / "tensorf_seed0" / "results.json").read_text())
-    assert float(rows["tensorf"]["psnr_masked"]) == pytest.approx(results["metrics"]["psnr_masked"], rel=1e-4)
-    assert {row["missing"] for row in rows.values()} == {"0"}
-    assert (out / "curves.png").exists() and len((out / "cells.csv").read_text().splitlines()) == 4
+    results = json.loads((out / "mug" / DEV / "nerf_entropy_seed0" / "results.json").read_text())
+    assert float(rows["nerf_entropy"]["psnr_masked"]) == pytest.approx(results["metrics"]["psnr_masked"], rel=1e-4)
+    assert [rows[name]["missing"] for name in ("nerf_baseline", "nerf_entropy")] == ["1", "0"]
+    assert (out / "curves.png").exists() and len((out / "cells.csv").read_text().splitlines()) == 2
 
     monkeypatch.setattr(ablation_run, "run_jobs", refuse_any_job)
-    assert ablate(settings) == 0
-    settings.rows = ["nerf_baseline"]
+    settings.rows = ["nerf_entropy"]
     assert ablate(settings) == 0
 
 
@@ -289,6 +314,20 @@ def test_fusing_waits_for_a_seed_to_be_trained_and_takes_the_nerf_that_validates
     assert "nerf_ema_warmup" in rows["nerf_best"].note and rows["nerf_best"].missing == 1
 
 
+def test_the_command_of_a_fused_cell_fuses_its_runs_and_both_methods_are_read_from_it(root, tmp_path):
+    plan = plan_of(tmp_path, rows=["nerf_entropy", "tensorf"])
+    for cell in plan.cells:
+        assert train_sequence(cell.config).exit_status == 0
+    best = FusedCell(tuple(plan.cells), "auto")
+    command = [argument.replace("{device}", "cpu") for argument in best.command()]
+    assert command[1:3] == ["-m", "co3d_ensemble.ablation.fused"]
+    assert not best.is_finished() and fused_main(command[3:]) == 0 and best.is_finished()
+    results = json.loads((tmp_path / "out" / "mug" / DEV / "ensemble_nerf_entropy_tensorf_seed0" / "results.json").read_text())
+    assert set(results["members"]) == {"nerf_entropy_seed0", "tensorf_seed0"}
+    assert read_fused(best).metrics == results["metrics"]
+    assert read_fused(FusedCell(tuple(plan.cells), "mean")).metrics == results["methods"]["mean"]
+
+
 def test_a_fusion_of_runs_that_were_trained_again_is_made_again(tmp_path):
     plan = plan_of(tmp_path, rows=["ensemble"])
     for cell in plan.cells:
@@ -326,15 +365,6 @@ def test_steps_that_a_budget_fixed_are_no_other_settings(tmp_path):
     cell.run.config_path.write_text(OmegaConf.to_yaml(stored))
     cell.run.budget_path.write_text(json.dumps({"max_steps": 17}))
     assert cell.is_finished()
-
-
-def test_a_failing_cell_is_in_the_report_and_the_exit_code_and_the_rest_is_done(root, tmp_path, capsys):
-    broken = {"nerf_baseline": ["data.min_known_frames=99"]}
-    settings = settings_of(tmp_path, rows=["nerf_baseline", "nerf_entropy"], row_overrides=broken)
-    assert ablate(settings) == 1
-    text = (tmp_path / "out" / "table.md").read_text()
-    assert f"mug/{DEV}/nerf_baseline_seed0: exit 1: " in text and "min_known_frames" in text
-    assert "| nerf_entropy |" in text and (tmp_path / "out" / "mug" / DEV / "nerf_entropy_seed0" / "results.json").exists()
 
 
 def test_generated_sequences_are_made_once_and_never_mixed(tmp_path):
