@@ -55,6 +55,37 @@ def step_section(result: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+VM_CASES = {"generated": "A generated scene", "hull": "The carved hull, start of a training"}
+
+
+def vm_section(result: Mapping[str, Any]) -> list[str]:
+    """Of one result of vm_step.py: a table of the cases, one of the parts of our step at several resolutions."""
+    title = f"VM step: grid of {result['resolution']}^3, {result['rays']} rays x {result['samples']}"
+    memory, rows = result["peak_memory_mb"], []
+    for case in result["cases"]:
+        place = f"{VM_CASES[case['name']]} ({case['sequence']}), {100 * case['occupied_share']:.2f} % occupied"
+        of_scene = memory if case["name"] == "generated" else {}
+        rows.append([place, "Implicitron", number(case["implicitron_s"], 3), "1.0", "", number(of_scene.get("implicitron"), 0)])
+        for name, side in case["sides"].items():
+            label = name.replace("_all_samples", ", every sample").replace("ours_", "ours, ")
+            peak = number(of_scene.get(name), 0)
+            rows.append(["", label, number(side["seconds"], 3), number(side["ratio"]), number(side["bar"], 0), peak])
+    lines = heading(result, title)
+    if rows:
+        lines += [*table(["scene", "side", "seconds per step", "times faster", "bar", "peak MiB"], rows), ""]
+    scaled = [row for row in result.get("scaling", ()) if "shares" in row]
+    if scaled:
+        names = list(scaled[0]["shares"])
+        cells = [
+            [f"{row['resolution']}^3", f"{row['parameters']:,}", number(row["ours_s"], 3)]
+            + [f"{100 * row['shares'][name]:.0f} %" for name in names]
+            for row in scaled
+        ]
+        lines += [*table(["grid", "parameters", "ours, s per step", *names], cells), ""]
+    skipped = [f"{row['resolution']}^3 was left out: {row['skipped']}." for row in result.get("scaling", ()) if "skipped" in row]
+    return [*lines, " ".join(skipped), ""] if skipped else lines
+
+
 def quality_section(result: Mapping[str, Any]) -> list[str]:
     """Of one result of time_to_quality.py."""
     rows = []
@@ -90,7 +121,7 @@ def peers_section(result: Mapping[str, Any]) -> list[str]:
     return [*lines, "Without scores:", "", *reasons, ""] if reasons else lines
 
 
-SECTIONS = {"nerf_step": step_section, "time_to_quality": quality_section, "peers": peers_section}
+SECTIONS = {"nerf_step": step_section, "vm_step": vm_section, "time_to_quality": quality_section, "peers": peers_section}
 
 
 def figures(results: Sequence[Mapping[str, Any]]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from co3d_ensemble.functional.schedules import ema_decay, implicitron_steps, ramp, warmup_cosine
 from co3d_ensemble.training.ema import EMA
@@ -44,6 +45,7 @@ class Stepper:
 
     Within a step the order is: seed, ``structure(step)``, ``batch(step)``, ``losses``, backward, guard, clip, lr, Adam, EMA.
     A structure change thus precedes the step it is asked for, and a checkpoint "before step s" never contains it.
+    ``torch.profiler`` shows the parts under the names batch, losses, backward, clip, adam and ema.
 
     After a change, moments and averages of parameters that kept name and shape stay, the others start anew, unless the
     task has ``remap_moments(ema, moments) -> (ema, moments)``: both by parameter name, ``moments`` holding Adam's
@@ -80,16 +82,23 @@ class Stepper:
         seed_default_generators(self.config.seed, step)
         if self.task.structure(step):
             self._rebuild()
-        losses = self.task.losses(self.task.batch(step))
-        total = self._total(losses, step)
+        with record_function("batch"):
+            batch = self.task.batch(step)
+        with record_function("losses"):
+            losses = self.task.losses(batch)
+            total = self._total(losses, step)
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        norm = clip_gradients(parameters_of(self.optimizer), self.config.clip_grad_norm)
-        self._observe(step, losses, total, norm)
+        with record_function("backward"):
+            total.backward()
+        with record_function("clip"):
+            norm = clip_gradients(parameters_of(self.optimizer), self.config.clip_grad_norm)
+            self._observe(step, losses, total, norm)
         self.learning_rates = set_learning_rates(self.optimizer, self.lr_multiplier(step))
-        self.optimizer.step()
+        with record_function("adam"):
+            self.optimizer.step()
         if self.ema is not None:
-            self.ema.update(self.task.model)
+            with record_function("ema"):
+                self.ema.update(self.task.model)
 
     def lr_multiplier(self, step: int) -> float:
         if self.config.schedule == "steps":
