@@ -175,7 +175,8 @@ def candidates(members: Sequence[str], products: Sequence[Mapping[str, Tensor]])
     for method, count in (("fitted", 1), ("fitted_zones", n_zones())):
         nothing = torch.zeros(n_zones(), len(members), len(members), dtype=torch.float64)
         sums = [sum((frame[part] for frame in products), nothing) for part in ("color", "mask")]
-        by_zone = [total if count > 1 else total.sum(dim=0, keepdim=True) for total in sums]
+        # a zone that the frames do not show is weighed as the whole picture is
+        by_zone = [[E if count > 1 and E.any() else total.sum(dim=0) for E in total[:count]] for total in sums]
         found[method] = tuple(FusionRule(method, tuple(tuple(simplex_weights(E).tolist()) for E in zone)) for zone in by_zone)
     for i, name in enumerate(members):
         alone = FusionRule("member", (tuple(float(i == j) for j in range(len(members))),))

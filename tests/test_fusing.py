@@ -113,3 +113,11 @@ def test_a_frame_that_is_hard_for_all_does_not_outweigh_the_others():
 def test_perfect_members_leave_nothing_to_fit():
     fusion, report = chosen([0.0, 0.0], count=3)
     assert report["candidates"]["fitted"]["color"]["weights"] == [[0.5, 0.5]] and report["chosen"]["color"] == "mean"
+
+
+def test_a_zone_that_no_validation_frame_shows_is_weighed_as_the_whole_picture_is():
+    frames, views_of = frames_and_views([0.05, 0.15])
+    faint = lambda record, camera: [RenderedView(view.rgb, view.depth, 0.5 * view.mask) for view in views_of(record, camera)]
+    _, report = choose_fusion(frames, faint, MEMBERS, FusionConfig())  # no pixel is inside, with a mean opacity above 0.9
+    whole, (_, _, inside) = (report["candidates"][name]["color"]["weights"] for name in ("fitted", "fitted_zones"))
+    assert inside == pytest.approx(whole[0])
