@@ -115,7 +115,14 @@ ROWS = (
     ),
     Row("tensorf_no_entropy", "tensorf", "tensorf", "- sample entropy", without=("entropy",), optional=True),
     Row("tensorf_no_ema_warmup", "tensorf", "tensorf", "- EMA and warm-up", without=("ema", "warmup"), optional=True),
-    Row("tensorf_reset_moments", "tensorf", "tensorf", "Adam's moments reset at grid changes", overrides=("model.grid.moments=reset",), optional=True),
+    Row(
+        "tensorf_reset_moments",
+        "tensorf",
+        "tensorf",
+        "Adam's moments start anew at grid changes",
+        overrides=("model.grid.moments=reset",),
+        optional=True,
+    ),
     Row(
         "tensorf_jitter_fixed_gauge",
         "tensorf",
