@@ -90,10 +90,12 @@ def quality_section(result: Mapping[str, Any]) -> list[str]:
     """Of one result of time_to_quality.py."""
     rows = []
     for name, run in result["runs"].items():
-        cells = [number(run["final_db"], 2), number(run["total_s"], 0), number(run["level_s"]), number(run.get("final_reached_s"), 0)]
+        final = run.get("final") or {}
+        cells = [str(run["steps"]), number(run["final_db"], 2), number(final.get("psnr_masked"), 2), number(final.get("iou"), 3)]
+        cells += [number(run["total_s"], 0), number(run["level_s"]), number(run.get("final_reached_s"), 0)]
         cells += [number(run.get("ours_reaches_final_s")), number(run.get("ratio")), number(run["peak_memory_mb"], 0)]
         rows.append([name, *cells])
-    head = ["run", "final psnr_masked, dB", "total, s", f"s to {number(result['level_db'], 2)} dB", "s to its final psnr"]
+    head = ["run", "steps", "final psnr_masked, dB", "of all pixels", "IoU", "total, s", f"s to {number(result['level_db'], 2)} dB", "s to its final psnr"]
     lines = heading(result, "Time to quality") + table([*head, "s until ours has that psnr", "times sooner", "peak MiB"], rows)
     sentence = f"On {result['sequence']}; the mask hull in its mean colour scores {number(result['reference_db'], 2)} dB."
     if result["better_baseline"]:
