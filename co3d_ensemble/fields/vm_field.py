@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from co3d_ensemble.fields.encoding import encoding_width, harmonic_encoding
 from co3d_ensemble.fields.radiance_mlp import CPU_CHUNK, CPU_ROWS, PRECISIONS
 from co3d_ensemble.functional import vm
+from co3d_ensemble.functional.vm_penalties import TV_NORMALIZATIONS, add_vm_penalties, vm_penalties
 
 REFERENCE_LONGEST_SIDE = 3.0  # of the reference's Blender box, to whose unit its distance scale of 25 belongs
 SNAP_TOLERANCE = 1e-3  # in vertex spacings: a wanted face this close to a vertex is that vertex, whatever the rounding
@@ -45,7 +46,7 @@ class VMField(nn.Module):
         init_std: of the factors' normal initialization (torch's default generator).
         precision: autocast dtype of the MLP; outputs are float32. (The basis is part of the lookup, always float32.)
         compile: run the MLP through ``torch.compile`` with dynamic shapes.
-        tv_normalization, tv_lines: see :func:`co3d_ensemble.functional.vm.vm_penalties`.
+        tv_normalization, tv_lines: see :func:`co3d_ensemble.functional.vm_penalties.vm_penalties`.
 
     Raises:
         ValueError: a box that is not finite or has no volume, a resolution below 2, a size below 1, or an unknown
@@ -78,12 +79,12 @@ class VMField(nn.Module):
                 raise ValueError(f"{name}={size}: expected at least 1")
         if precision not in PRECISIONS:
             raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
-        if tv_normalization not in vm.TV_NORMALIZATIONS:
-            raise ValueError(f"tv_normalization={tv_normalization!r}: expected one of {', '.join(vm.TV_NORMALIZATIONS)}")
+        if tv_normalization not in TV_NORMALIZATIONS:
+            raise ValueError(f"tv_normalization={tv_normalization!r}: expected one of {', '.join(TV_NORMALIZATIONS)}")
         self.n_harmonics_features, self.n_harmonics_dir = n_harmonics_features, n_harmonics_dir
         self.density_shift, self.distance_scale = density_shift, distance_scale
         self.dtype = PRECISIONS[precision]
-        self.tv_normalization, self.tv_lines = tv_normalization, tv_lines
+        self._tv_settings = {"normalization": tv_normalization, "tv_lines": tv_lines}
         box = box.detach().to(torch.get_default_dtype())  # the parameters' dtype
         self.register_buffer("box", box.clone())
         self.register_buffer("initial_box", box.clone())
@@ -149,27 +150,28 @@ class VMField(nn.Module):
     def penalties(self, names: Collection[str] = PENALTIES) -> dict[str, Tensor]:
         """The wanted ones of ``tv_density``, ``tv_appearance``, ``l1_density``, ``l1_appearance``: unweighted scalars.
 
-        TV and L1 of the same factors share their passes over memory. What is not asked for costs nothing. Definitions and
-        normalization: :func:`co3d_ensemble.functional.vm.vm_penalties`.
+        TV and L1 of the same factors share their pass over memory. What is not asked for costs nothing. Definitions and
+        normalization: :func:`co3d_ensemble.functional.vm_penalties.vm_penalties`.
 
         Raises:
             ValueError: an unknown name.
         """
-        unknown = set(names) - set(PENALTIES)
-        if unknown:
-            raise ValueError(f"unknown penalties {sorted(unknown)}: expected some of {', '.join(PENALTIES)}")
-        result = {}
-        for kind in ("density", "appearance"):
-            tv, l1 = vm.vm_penalties(
-                getattr(self, f"{kind}_planes"),
-                getattr(self, f"{kind}_lines"),
-                tv=f"tv_{kind}" in names,
-                l1=f"l1_{kind}" in names,
-                normalization=self.tv_normalization,
-                tv_lines=self.tv_lines,
-            )
-            result |= {f"tv_{kind}": tv, f"l1_{kind}": l1}
-        return {name: value for name, value in result.items() if value is not None}
+        _check_penalties(names)
+        return self._penalties(lambda kind: vm_penalties(
+            *self._planes_and_lines(kind), tv=f"tv_{kind}" in names, l1=f"l1_{kind}" in names, **self._tv_settings
+        ))
+
+    def add_penalties(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """Values of :meth:`penalties` for the names in ``weights``; the gradient of their weighted sum is added to the
+        factors' ``grad`` in the same pass over memory. To be called after the backward pass of the other losses.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        _check_penalties(weights)
+        return self._penalties(lambda kind: add_vm_penalties(
+            *self._planes_and_lines(kind), tv_weight=weights.get(f"tv_{kind}"), l1_weight=weights.get(f"l1_{kind}"), **self._tv_settings
+        ))
 
     def upsample(self, resolution: tuple[int, int, int]) -> Mapped:
         """Puts the factors on other vertices of the current box, by (bi)linear interpolation; the parameters are replaced.
@@ -231,6 +233,15 @@ class VMField(nn.Module):
         names = [f"{kind}_{part}" for kind in ("density", "appearance") for part in ("planes", "lines")]
         return [(name, getattr(self, name)) for name in names]
 
+    def _planes_and_lines(self, kind: str) -> tuple[nn.ParameterList, nn.ParameterList]:
+        return getattr(self, f"{kind}_planes"), getattr(self, f"{kind}_lines")
+
+    def _penalties(self, of_kind: Callable[[str], tuple[Tensor | None, Tensor | None]]) -> dict[str, Tensor]:
+        """``of_kind`` gives the (TV, L1) of the density or the appearance; what is None is left out."""
+        values = {name: dict(zip(("tv", "l1"), of_kind(name))) for name in ("density", "appearance")}
+        found = {f"{penalty}_{kind}": value for kind, both in values.items() for penalty, value in both.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
     def _positions(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Shares of the current box (n, 3), and which points lie in it; those that do not are put on its corner."""
         positions = (points.detach().to(self.box.dtype) - self.box[0]) / (self.box[1] - self.box[0])
@@ -272,6 +283,12 @@ def _outward(first: float, last: float, n: int) -> tuple[int, int]:
     lower = min(max(math.floor(first + SNAP_TOLERANCE), 0), n - 2)
     upper = max(min(math.ceil(last - SNAP_TOLERANCE), n - 1), lower + 1)
     return lower, upper
+
+
+def _check_penalties(names: Collection[str]) -> None:
+    unknown = set(names) - set(PENALTIES)
+    if unknown:
+        raise ValueError(f"unknown penalties {sorted(unknown)}: expected some of {', '.join(PENALTIES)}")
 
 
 def _check_box(box: Tensor) -> None:
