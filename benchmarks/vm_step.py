@@ -58,8 +58,7 @@ SMOOTHING = 5  # voxels: the hull grows or shrinks by as much as it takes to hav
 SCALING = (128, 300, 512, 1024)  # vertices per axis
 COPIES = 8  # of the factors during a step: themselves, gradient, two moments, average, and buffers of the backward pass
 STEP_BYTES = 3 * 2**30  # of samples and activations at published size
-REGIONS = {"clip": "clip", "adam": "Adam", "ema": "EMA"}  # ranges of a step, by their names in the table
-PENALTY_EVENTS = ("_Penalties", "_PenaltiesBackward")
+REGIONS = {"penalties": "penalties", "clip": "clip", "adam": "Adam", "ema": "EMA"}  # ranges of a step, by their names in the table
 
 
 @dataclass(frozen=True)
@@ -251,8 +250,7 @@ def parts(stepper: Stepper, step: int, device: torch.device) -> dict[str, float]
         found[event.key] = found.get(event.key, 0.0) + seconds
     total = sum(found.get(name, 0.0) for name in ("batch", "losses", "backward", *REGIONS))
     result = {label: found.get(name, 0.0) for name, label in REGIONS.items()}
-    result["penalties"] = sum(found.get(name, 0.0) for name in PENALTY_EVENTS)
-    result["field and losses"] = found["losses"] + found["backward"] - result["penalties"]
+    result["field and losses"] = found["losses"] + found["backward"]
     return {"rest": max(0.0, total - sum(result.values())), **result}
 
 

@@ -157,9 +157,12 @@ class VMField(nn.Module):
             ValueError: an unknown name.
         """
         _check_penalties(names)
-        return self._penalties(lambda kind: vm_penalties(
-            *self._planes_and_lines(kind), tv=f"tv_{kind}" in names, l1=f"l1_{kind}" in names, **self._tv_settings
-        ))
+
+        def of_kind(kind: str) -> tuple[Tensor | None, Tensor | None]:
+            tv, l1 = f"tv_{kind}" in names, f"l1_{kind}" in names
+            return vm_penalties(*self._planes_and_lines(kind), tv=tv, l1=l1, **self._tv_settings)
+
+        return _by_name(of_kind)
 
     def add_penalties(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """Values of :meth:`penalties` for the names in ``weights``; the gradient of their weighted sum is added to the
@@ -169,9 +172,12 @@ class VMField(nn.Module):
             ValueError: an unknown name.
         """
         _check_penalties(weights)
-        return self._penalties(lambda kind: add_vm_penalties(
-            *self._planes_and_lines(kind), tv_weight=weights.get(f"tv_{kind}"), l1_weight=weights.get(f"l1_{kind}"), **self._tv_settings
-        ))
+
+        def of_kind(kind: str) -> tuple[Tensor | None, Tensor | None]:
+            tv, l1 = weights.get(f"tv_{kind}"), weights.get(f"l1_{kind}")
+            return add_vm_penalties(*self._planes_and_lines(kind), tv_weight=tv, l1_weight=l1, **self._tv_settings)
+
+        return _by_name(of_kind)
 
     def upsample(self, resolution: tuple[int, int, int]) -> Mapped:
         """Puts the factors on other vertices of the current box, by (bi)linear interpolation; the parameters are replaced.
@@ -236,12 +242,6 @@ class VMField(nn.Module):
     def _planes_and_lines(self, kind: str) -> tuple[nn.ParameterList, nn.ParameterList]:
         return getattr(self, f"{kind}_planes"), getattr(self, f"{kind}_lines")
 
-    def _penalties(self, of_kind: Callable[[str], tuple[Tensor | None, Tensor | None]]) -> dict[str, Tensor]:
-        """``of_kind`` gives the (TV, L1) of the density or the appearance; what is None is left out."""
-        values = {name: dict(zip(("tv", "l1"), of_kind(name))) for name in ("density", "appearance")}
-        found = {f"{penalty}_{kind}": value for kind, both in values.items() for penalty, value in both.items()}
-        return {name: value for name, value in found.items() if value is not None}
-
     def _positions(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Shares of the current box (n, 3), and which points lie in it; those that do not are put on its corner."""
         positions = (points.detach().to(self.box.dtype) - self.box[0]) / (self.box[1] - self.box[0])
@@ -283,6 +283,15 @@ def _outward(first: float, last: float, n: int) -> tuple[int, int]:
     lower = min(max(math.floor(first + SNAP_TOLERANCE), 0), n - 2)
     upper = max(min(math.ceil(last - SNAP_TOLERANCE), n - 1), lower + 1)
     return lower, upper
+
+
+def _by_name(of_kind: Callable[[str], tuple[Tensor | None, Tensor | None]]) -> dict[str, Tensor]:
+    """Penalties from the (TV, L1) of the density and of the appearance; what is None is left out."""
+    result = {}
+    for kind in ("density", "appearance"):
+        tv, l1 = of_kind(kind)
+        result |= {f"tv_{kind}": tv, f"l1_{kind}": l1}
+    return {name: value for name, value in result.items() if value is not None}
 
 
 def _check_penalties(names: Collection[str]) -> None:

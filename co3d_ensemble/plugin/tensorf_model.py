@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from pytorch3d.implicitron.models.implicit_function.base import ImplicitFunctionBase
-from pytorch3d.implicitron.models.metrics import RegularizationMetricsBase, ViewMetricsBase
+from pytorch3d.implicitron.models.metrics import ViewMetricsBase
 from pytorch3d.implicitron.models.renderer.base import BaseRenderer
 from torch import Tensor
 
 from co3d_ensemble.config import ModelConfig
 from co3d_ensemble.fields.vm_field import PENALTIES, Mapped, VMField
-from co3d_ensemble.functional.types import RayTargets
 from co3d_ensemble.functional.visual_hull import voxel_centers
 from co3d_ensemble.functional.vm import grid_resolution
 from co3d_ensemble.plugin.model import ObjectModel, box_settings, build_component, build_occupancy
@@ -23,25 +22,39 @@ from co3d_ensemble.plugin.model import ObjectModel, box_settings, build_componen
 logger = logging.getLogger(__name__)
 
 _FIELD = "functions.0.field."
+_LOSS = "loss_"
 
 
 class TensoRFModel(ObjectModel):
     """An :class:`ObjectModel` with one ``TensoRFImplicitFunction``, its penalties, and changes of its grid.
 
-    Rays are always clipped to ``box``, which shrinks with the field.
+    Rays are always clipped to ``box``, which shrinks with the field. :meth:`losses` has no penalties; see :meth:`add_penalties`.
+    (In an Implicitron model the component ``VMRegularization`` computes them.)
+
+    Attributes:
+        penalty_names: of the penalties that the model is trained with, as losses (``loss_tv_density``).
+
+    Raises:
+        ValueError: an unknown penalty.
     """
 
     def __init__(self, function: torch.nn.Module, *args: Any, penalties: Collection[str], **kwargs: Any) -> None:
         super().__init__([function], *args, **kwargs)
-        self.regularization = build_component(RegularizationMetricsBase, "VMRegularization", {"penalties": list(penalties)})
+        unknown = sorted(set(penalties) - set(PENALTIES))
+        if unknown:
+            raise ValueError(f"unknown penalties {unknown}: expected some of {', '.join(PENALTIES)}")
+        self.penalty_names = tuple(_LOSS + name for name in penalties)
 
     @property
     def field(self) -> VMField:
         return self.functions[0].field
 
-    def losses(self, origins: Tensor, directions: Tensor, targets: RayTargets) -> dict[str, Tensor]:
-        """Those of :class:`ObjectModel` and ``loss_<penalty>`` for every penalty that was asked for."""
-        return super().losses(origins, directions, targets) | self.regularization(model=self)
+    def add_penalties(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """Unweighted values of the penalties in ``weights`` (names of losses); the gradient of their weighted sum is added to
+        the factors' ``grad``, after the backward pass of the losses: at high resolution a gradient of its own would be the
+        larger part of the step."""
+        values = self.field.add_penalties({name.removeprefix(_LOSS): weight for name, weight in weights.items()})
+        return {_LOSS + name: value for name, value in values.items()}
 
     def parameter_groups(self, lr: float, lr_network: float | None) -> list[dict[str, Any]]:
         """The factors at ``lr``, basis and colour network at ``lr_network`` (None: ``lr``)."""
@@ -108,7 +121,7 @@ def build_tensorf(
         config: ``kind`` must be ``tensorf``; ``renderer.n_pts_per_ray_coarse`` is the number of samples per ray.
         box: the object's box, (2, 3), world units: the grid's extent at the start, the limit of the rays.
         hull: boolean grid over ``box``, or None for an occupancy grid that starts out full.
-        penalties: see ``VMRegularization``.
+        penalties: those to train with, among ``vm_field.PENALTIES``; what has no weight need not be paid for.
     """
     config = OmegaConf.merge(OmegaConf.structured(ModelConfig), config)
     settings = OmegaConf.to_container(config.tensorf) | box_settings(config, box)

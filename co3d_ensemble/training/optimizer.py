@@ -70,7 +70,8 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tens
     if not gradients:
         raise ValueError("no parameter received a gradient")
     norm = torch.linalg.vector_norm(torch.stack([value.float() for value in torch._foreach_norm(gradients)]))
-    if max_norm is not None:
+    # on the CPU the norm can be looked at without waiting, and gradients within the limit need no pass over them
+    if max_norm is not None and (norm.device.type != "cpu" or norm > max_norm):
         torch._foreach_mul_(gradients, max_norm / norm.clamp_min(max_norm))
     return norm
 

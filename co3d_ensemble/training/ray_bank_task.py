@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -122,6 +122,13 @@ class GridTask(RayBankTask):
         changes = grid_changes(step, self._training.max_steps, resolution=self._resolution, schedule=self._grid)
         self._operations = [self._apply(change) for change in changes]
         return bool(changes)
+
+    @property
+    def penalty_names(self) -> tuple[str, ...]:
+        return self.model.penalty_names
+
+    def add_penalties(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        return self.model.add_penalties(weights)
 
     def remap_moments(self, ema: dict[str, Tensor], moments: Moments) -> tuple[dict[str, Tensor], Moments]:
         """EMA copies and Adam's moments through the same linear operations as the parameters of the last :meth:`structure`."""

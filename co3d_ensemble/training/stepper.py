@@ -43,9 +43,10 @@ def seed_default_generators(seed: int, step: int) -> None:
 class Stepper:
     """A task with its optimizer, EMA and guard.
 
-    Within a step the order is: seed, ``structure(step)``, ``batch(step)``, ``losses``, backward, guard, clip, lr, Adam, EMA.
+    Within a step the order is: seed, ``structure(step)``, ``batch(step)``, ``losses``, backward, penalties of the task's own,
+    guard, clip, lr, Adam, EMA.
     A structure change thus precedes the step it is asked for, and a checkpoint "before step s" never contains it.
-    ``torch.profiler`` shows the parts under the names batch, losses, backward, clip, adam and ema.
+    ``torch.profiler`` shows the parts under the names batch, losses, backward, penalties, clip, adam and ema.
 
     After a change, moments and averages of parameters that kept name and shape stay, the others start anew, unless the
     task has ``remap_moments(ema, moments) -> (ema, moments)``: both by parameter name, ``moments`` holding Adam's
@@ -64,6 +65,7 @@ class Stepper:
         self.task, self.config, self.deferred = task, config, deferred
         weights = getattr(task, "loss_weights", config.loss_weights)
         self.weights = {str(name): float(weight) for name, weight in weights.items() if weight is not None}
+        self._penalties = tuple(name for name in getattr(task, "penalty_names", ()) if name in self.weights)
         self.optimizer = self._build_optimizer()
         self.ema = EMA(task.model, ema_decay(config.max_steps, config.ema_horizon)) if config.ema else None
         self.guard = FiniteGuard()
@@ -86,10 +88,15 @@ class Stepper:
             batch = self.task.batch(step)
         with record_function("losses"):
             losses = self.task.losses(batch)
+            self._check_losses(losses)
             total = self._total(losses, step)
         self.optimizer.zero_grad(set_to_none=True)
         with record_function("backward"):
             total.backward()
+        if self._penalties:
+            with record_function("penalties"):
+                added = self.task.add_penalties({name: self._weight(name, step) for name in self._penalties})
+                losses, total = {**losses, **added}, total.detach() + self._total(added, step)
         with record_function("clip"):
             norm = clip_gradients(parameters_of(self.optimizer), self.config.clip_grad_norm)
             self._observe(step, losses, total, norm)
@@ -150,16 +157,20 @@ class Stepper:
         if self.ema is not None:
             self.ema.rebuild(self.task.model, averages)
 
-    def _total(self, losses: Mapping[str, Tensor], step: int) -> Tensor:
-        unknown = sorted((self.weights.keys() | set(self.config.ramped_losses)) - losses.keys())
+    def _check_losses(self, losses: Mapping[str, Tensor]) -> None:
+        known = [*losses, *self._penalties]
+        unknown = sorted((self.weights.keys() | set(self.config.ramped_losses)) - set(known))
         if unknown:
-            raise ValueError(f"loss_weights or ramped_losses name {', '.join(unknown)}; the task returns {', '.join(losses)}")
+            raise ValueError(f"loss_weights or ramped_losses name {', '.join(unknown)}; the task returns {', '.join(known)}")
         for name, loss in losses.items():
             if loss.numel() != 1:
                 raise ValueError(f"loss {name} has shape {tuple(loss.shape)}: expected a scalar")
-        if not self.weights:
+        if not self.weights.keys() & losses.keys():
             raise ValueError("loss_weights is empty: nothing to optimise")
-        return torch.stack([self._weight(name, step) * losses[name].reshape(()) for name in self.weights]).sum()
+
+    def _total(self, losses: Mapping[str, Tensor], step: int) -> Tensor:
+        """Weighted sum of those that have a weight."""
+        return torch.stack([self._weight(name, step) * losses[name].reshape(()) for name in self.weights if name in losses]).sum()
 
     def _weight(self, name: str, step: int) -> float:
         if name not in self.config.ramped_losses:

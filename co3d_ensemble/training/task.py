@@ -20,6 +20,9 @@ class Task(Protocol):
             model changed. Without it, changes count as free.
         settle() -> None: brings a task that is thrown away to the structure that most steps of a run have, before a time
             budget times steps on it.
+        penalty_names, add_penalties(weights) -> losses: penalties on the parameters that the task differentiates itself. The
+            names have their weights among those of the losses; the call, after the backward pass, adds the gradient of the
+            weighted sum to the parameters' ``grad`` and returns the unweighted values.
         remap_moments, loss_weights: see :class:`~co3d_ensemble.training.stepper.Stepper`.
         rays_per_step: for rays per second.
 

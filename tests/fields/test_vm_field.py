@@ -8,7 +8,7 @@ import torch
 
 from co3d_ensemble.fields.encoding import harmonic_encoding
 from co3d_ensemble.fields.vm_field import PENALTIES, VMField
-from co3d_ensemble.functional import vm
+from co3d_ensemble.functional import vm, vm_penalties
 
 BOX = torch.tensor([[-1.0, -0.5, 0.25], [1.0, 0.75, 2.5]])
 SMALL = {"resolution": (9, 6, 11), "n_density": 3, "n_appearance": 4, "n_features": 5, "n_hidden": 16, "density_shift": -1.0}
@@ -227,15 +227,30 @@ def test_penalties_are_those_of_the_functions_under_their_names():
         ("density", field.density_planes, field.density_lines),
         ("appearance", field.appearance_planes, field.appearance_lines),
     ):
-        expected = vm.vm_penalties(planes, lines, normalization="reference", tv_lines=True)
+        expected = vm_penalties.vm_penalties(planes, lines, normalization="reference", tv_lines=True)
         assert (got[f"tv_{kind}"], got[f"l1_{kind}"]) == expected
+
+
+def test_penalties_are_added_to_gradients_as_those_of_their_weighted_sum():
+    field, other = small(), small()
+    weights = {"tv_density": 2.0, "l1_density": 0.1, "l1_appearance": 0.3}
+    values = other.penalties(weights)
+    sum(weights[name] * value for name, value in values.items()).backward()
+    added = field.add_penalties(weights)
+    assert added.keys() == values.keys()
+    for name, value in values.items():
+        torch.testing.assert_close(added[name], value.detach())
+    for a, b in zip(field.factors(), other.factors(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-9)
+    with pytest.raises(ValueError, match="tv_colour"):
+        field.add_penalties({"tv_colour": 1.0})
 
 
 def test_a_penalty_that_is_not_asked_for_is_not_computed(monkeypatch):
     field = small()
     touched = []
-    original = vm._Penalties.apply
-    monkeypatch.setattr(vm._Penalties, "apply", lambda factor, *rest: touched.append(factor) or original(factor, *rest))
+    original = vm_penalties._Penalties.apply
+    monkeypatch.setattr(vm_penalties._Penalties, "apply", lambda factor, *rest: touched.append(factor) or original(factor, *rest))
     assert set(field.penalties(["l1_density"])) == {"l1_density"}
     assert {id(f) for f in touched} == {id(f) for f in [*field.density_planes, *field.density_lines]}
     assert field.penalties([]) == {}

@@ -209,8 +209,12 @@ def test_penalties_are_those_asked_for_and_the_fields_own():
     model = tensorf(penalties=["tv_density", "l1_appearance"]).train()
     origins, directions = pixel_rays(camera(), pixel_centers(8, 12))
     losses = model.losses(origins, directions, RayTargets(torch.rand(96, 3), torch.ones(96)))
-    assert {name for name in losses if "tv" in name or "l1" in name} == {"loss_tv_density", "loss_l1_appearance"}
-    assert losses["loss_tv_density"] == model.field.penalties(["tv_density"])["tv_density"]
+    assert not any("tv" in name or "l1" in name for name in losses)
+    assert model.penalty_names == ("loss_tv_density", "loss_l1_appearance")
+    added = model.add_penalties({"loss_tv_density": 1.0})
+    assert added == {"loss_tv_density": pytest.approx(model.field.penalties(["tv_density"])["tv_density"].item(), rel=1e-5)}
+    with pytest.raises(ValueError, match="tv_colour"):
+        tensorf(penalties=["tv_colour"])
 
 
 def test_the_regularization_component_adds_up_the_fields_of_a_model_and_refuses_unknown_penalties():

@@ -24,6 +24,9 @@ from tests.training.test_ray_bank_task import BOX, frame
 WEIGHTS = {"loss_roi_rgb": 1.0, "loss_alpha_bce": 1.0, "loss_tv_density": 1.0, "loss_l1_appearance": 1e-3}
 
 
+NAMES = ("tv_density", "l1_appearance")
+
+
 def training(**changes) -> TrainingConfig:
     settings = {"max_steps": 40, "n_rays": 64, "lr": 0.02, "lr_network": 1e-3, "loss_weights": WEIGHTS, "ramped_losses": (), **changes}
     return OmegaConf.structured(TrainingConfig(**settings))
@@ -39,7 +42,7 @@ def grid_task(config, *, moments="map", upsample_at=(0.25, 0.5), shrink_at=(0.25
         hull = torch.ones(8, 8, 8, dtype=torch.bool)
         hull[0], hull[-1] = False, False
     return GridTask(
-        build_tensorf(model, box=BOX, hull=hull, penalties=["tv_density", "l1_appearance"]),
+        build_tensorf(model, box=BOX, hull=hull, penalties=NAMES),
         RayBank([frame(i) for i in range(5)]),
         FrameValidation([frame(9)]),
         training=config,
@@ -72,6 +75,21 @@ def test_a_change_of_the_grid_does_not_change_what_was_learned():
     assert s.ema.weights["functions.0.field.density_planes.0"].shape != average["functions.0.field.density_planes.0"].shape
     with s.ema.applied(s.task.model):
         assert torch.isfinite(torch.tensor(s.task.validate()["psnr_masked"]))
+
+
+def test_penalties_added_after_the_backward_pass_train_as_those_of_autograd(monkeypatch):
+    added = stepper()
+    run(added, range(6))
+    losses = GridTask.losses
+    with_autograd = lambda task, batch: losses(task, batch) | {f"loss_{n}": v for n, v in task.model.field.penalties(NAMES).items()}
+    monkeypatch.setattr(GridTask, "losses", with_autograd)
+    monkeypatch.setattr(GridTask, "penalty_names", ())
+    reference = stepper()
+    run(reference, range(6))
+    logged, expected = added.take_window(), reference.take_window()
+    assert logged == pytest.approx(expected, rel=1e-4) and logged["loss_tv_density"] > 0
+    for (name, one), two in zip(added.task.model.named_parameters(), reference.task.model.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_moments_and_average_move_by_the_operation_of_the_parameters():
