@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from co3d_ensemble.fields.encoding import encoding_width, harmonic_encoding
+from co3d_ensemble.fields.row_chunks import row_chunks
 
-CPU_ROWS = 1024  # reduced-precision products on the CPU compile and keep a kernel per number of rows: use few of them
-CPU_CHUNK = 16_384  # points whose activations stay in the cache; larger batches are bound by memory traffic
 DENSITY_ACTIVATIONS = ("relu", "softplus")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -78,12 +77,7 @@ class RadianceMLP(nn.Module):
         """
         encoded_dir = harmonic_encoding(directions, self.n_harmonics_dir).to(self.dtype)
         n_points = len(points)
-        on_cpu = points.device.type == "cpu"
-        if on_cpu and self.dtype != torch.float32:
-            padding = -n_points % CPU_ROWS
-            points, ray = nn.functional.pad(points, (0, 0, 0, padding)), nn.functional.pad(ray, (0, padding))
-        chunk = CPU_CHUNK if on_cpu else max(1, n_points)
-        parts = [self._evaluate(p, encoded_dir, r) for p, r in zip(points.split(chunk), ray.split(chunk), strict=True)]
+        parts = [self._evaluate(p, encoded_dir, r) for p, r in row_chunks(points, ray, dtype=self.dtype)]
         return torch.cat([raw for raw, _ in parts])[:n_points], torch.cat([color for _, color in parts])[:n_points]
 
     def _evaluate(self, points: Tensor, encoded_dir: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:

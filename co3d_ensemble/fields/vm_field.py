@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from co3d_ensemble.fields.encoding import encoding_width, harmonic_encoding
-from co3d_ensemble.fields.radiance_mlp import CPU_CHUNK, CPU_ROWS, PRECISIONS
+from co3d_ensemble.fields.radiance_mlp import PRECISIONS
+from co3d_ensemble.fields.row_chunks import row_chunks
 from co3d_ensemble.functional import vm
 from co3d_ensemble.functional.vm_penalties import TV_NORMALIZATIONS, add_vm_penalties, vm_penalties
 
@@ -138,14 +139,9 @@ class VMField(nn.Module):
             Colour in [0, 1], shape (n, 3).
         """
         encoded_dir = harmonic_encoding(directions, self.n_harmonics_dir)
-        n_points, on_cpu = len(points), points.device.type == "cpu"
         features = vm.vm_project(self.appearance_planes, self.appearance_lines, self._positions(points)[0], self.basis.weight)
-        if on_cpu and self.dtype != torch.float32:
-            padding = -n_points % CPU_ROWS
-            features, ray = nn.functional.pad(features, (0, 0, 0, padding)), nn.functional.pad(ray, (0, padding))
-        chunk = CPU_CHUNK if on_cpu else max(1, n_points)
-        parts = [self._evaluate(f, encoded_dir, r) for f, r in zip(features.split(chunk), ray.split(chunk), strict=True)]
-        return torch.cat(parts)[:n_points]
+        parts = [self._evaluate(f, encoded_dir, r) for f, r in row_chunks(features, ray, dtype=self.dtype)]
+        return torch.cat(parts)[: len(points)]
 
     def penalties(self, names: Collection[str] = PENALTIES) -> dict[str, Tensor]:
         """The wanted ones of ``tv_density``, ``tv_appearance``, ``l1_density``, ``l1_appearance``: unweighted scalars.
