@@ -126,7 +126,7 @@ class Fleet:
 
     def run_round(self, workers: int, events: list[tuple[float, str]], started: float, generator: random.Random) -> int:
         """One round, until all is done or something happens; returns the number of workers of the next, 0 when done."""
-        server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        server, port = serve()
         pids = []
         for number in range(workers):
             pid = os.fork()
@@ -134,7 +134,7 @@ class Fleet:
                 status = 1
                 die_with_parent(os.getppid())
                 try:
-                    status = self.worker(number, server.port, number == 0, started)
+                    status = self.worker(number, port, number == 0, started)
                 finally:
                     os._exit(status)
             pids.append(pid)
@@ -153,7 +153,25 @@ class Fleet:
                 alive.discard(pid)
             else:
                 time.sleep(0.002)
+        os.kill(server, signal.SIGKILL)
+        os.waitpid(server, 0)
         return following
+
+
+def serve() -> tuple[int, int]:
+    """Process id and port of a store in a process of its own: forking from one that has the store's threads may deadlock."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        die_with_parent(os.getppid())
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+        os.write(writer, str(store.port).encode())
+        while True:
+            time.sleep(60)
+    os.close(writer)
+    port = int(os.read(reader, 16))
+    os.close(reader)
+    return pid, port
 
 
 def simulate(
