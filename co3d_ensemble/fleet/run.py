@@ -59,8 +59,8 @@ def run_fleet(settings: FleetConfig, overrides: Sequence[str], arguments: Sequen
         everything that a new start cannot cure is 0, and ``fleet_state.json`` says what it was.
     """
     elastic = "TORCHELASTIC_RUN_ID" in os.environ
-    if elastic:
-        die_with_parent(os.getppid(), signal.SIGTERM)  # a killed agent must not leave its workers behind
+    if elastic and not bound_to_agent():
+        return EXIT_PREEMPTED
     with StopSignals() as signals:
 
         def stopping() -> bool:
@@ -79,6 +79,17 @@ def run_fleet(settings: FleetConfig, overrides: Sequence[str], arguments: Sequen
     if outcome["code"]:
         print(f"error: {outcome['reason']}", file=sys.stderr)
     return 0 if elastic else outcome["code"]
+
+
+def bound_to_agent() -> bool:
+    """Asks for SIGTERM when torchrun's agent dies: one that is killed leaves its workers behind, and they would go on beside
+    those of the next. False where it is dead already: the agent is a Python process, and who inherits orphans is not."""
+    parent = os.getppid()
+    die_with_parent(parent, signal.SIGTERM)
+    try:
+        return Path(os.readlink(f"/proc/{parent}/exe")).name.startswith("python")
+    except OSError:  # no /proc, or gone this moment
+        return os.getppid() == parent
 
 
 def lead(settings: FleetConfig, overrides: Sequence[str], arguments: Sequence[str], stopping: Callable[[], bool]) -> Outcome | None:

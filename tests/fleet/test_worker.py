@@ -24,7 +24,8 @@ def terms(output, **more):
     def start(job, log):
         return child.start(job.command, log, os.environ)
 
-    return Terms(**{"output_dir": output, "worker": "0@here", "device": "cpu", "start": start, "retry_pause": 0.0, "busy_pause": 0.1, **more})
+    usual = {"output_dir": output, "worker": "0@here", "device": "cpu", "start": start, "retry_pause": 0.0, "busy_pause": 0.1}
+    return Terms(**{**usual, **more})
 
 
 def shell(output, name, script):
@@ -39,7 +40,8 @@ def do(jobs, terms, *, slots=1, stopping=lambda: False):
 
 
 def test_every_job_is_done_and_told_and_a_bad_one_is_given_up_with_its_last_words(tmp_path):
-    jobs = [shell(tmp_path, "good", FINISHES), shell(tmp_path, "bad", "echo 'error: no frames' >&2; exit 1"), shell(tmp_path, "next", FINISHES)]
+    bad = shell(tmp_path, "bad", "echo 'error: no frames' >&2; exit 1")
+    jobs = [shell(tmp_path, "good", FINISHES), bad, shell(tmp_path, "next", FINISHES)]
     round = do(jobs, terms(tmp_path))
     assert round.all_ended()
     assert all(JobFolder(tmp_path, jobs[i].name).is_done("recipe") for i in (0, 2))
