@@ -57,7 +57,7 @@ def test_one_command_trains_fuses_scores_and_exports_and_reports_a_broken_sequen
     summary = (output / "summary.md").read_text()
     assert "`bear/manyview_dev_0/tensorf`: exit 1" in summary and "**MEAN**" in summary
     assert all((output / "submission" / f"submission_manyview_{name}.hdf5").exists() for name in ("dev", "test"))
-    rows = list(csv.DictReader((output / "summary.csv").open()))
+    rows = list(csv.DictReader((output / "summary.csv").read_text().splitlines()))
     assert {row["subset"] for row in rows if row["psnr_masked"]} == {"mug/manyview_dev_0", "MEAN"}
     assert status.main([f"output_dir={output}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["counts"] == {"running": 0, "waiting": 0, "interrupted": 0, "done": 2, "failed": 1}
