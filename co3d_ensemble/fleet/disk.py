@@ -18,6 +18,7 @@ from co3d_ensemble.fleet.jobs import Job
 from co3d_ensemble.training.lock import LOCK_NAME
 
 LOG_TAIL_BYTES = 4096
+FINISH = "submission"  # name of the last step, as a job
 FAILURES_FILE = "failures.json"  # below fleet/: what the last step could not do, and why
 Stamp = list[int]  # bytes and modification time in ns: tells one version of a file from another
 

@@ -25,7 +25,7 @@ from co3d_ensemble.fleet import child
 from co3d_ensemble.fleet.attempts import new_record
 from co3d_ensemble.fleet.bound import die_with_parent
 from co3d_ensemble.fleet.claims import STORE_ERRORS, Reception, Round, RoundError, ask_for_round, connect, connect_again
-from co3d_ensemble.fleet.disk import FAILURES_FILE, FleetState, JobFolder, fleet_folder, read_json, unfinished
+from co3d_ensemble.fleet.disk import FAILURES_FILE, FINISH, FleetState, JobFolder, fleet_folder, read_json, unfinished
 from co3d_ensemble.fleet.jobrun import Terms
 from co3d_ensemble.fleet.jobs import Job, digest
 from co3d_ensemble.fleet.settings import FleetConfig
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).resolve().parents[2]
 DONE, FAILED, REQUEUE = "done", "failed", "requeue"  # of fleet_state.json
 ERROR, JOBS_FAILED, BUSY = 1, 3, 4  # exit codes beside those of the scripts
-FINISH = "submission"  # the last step, as a job
 IDLE_SECONDS = 0.5  # between two looks at a round that others are still busy with
 LEAVE_SECONDS = 20.0
 LOCK_SLACK_SECONDS = 10.0  # over the grace, for the leader of the round before to be gone
@@ -97,7 +96,8 @@ def lead(settings: FleetConfig, overrides: Sequence[str], arguments: Sequence[st
     store, world = connect(timeout_seconds=settings.join_seconds), int(os.environ.get("WORLD_SIZE", 1))
     with ExitStack() as held:
         jobs, refusal = prepare(settings, overrides, held, stopping)
-        round = Round.new(store, [] if refusal else unfinished(settings.output_dir, jobs), {"refusal": refusal})
+        nothing = refusal is not None or settings.finish_only
+        round = Round.new(store, [] if nothing else unfinished(settings.output_dir, jobs), {"refusal": refusal})
         if world > 1:
             reception = Reception(connect_again(), round)
             reception.start()
@@ -175,10 +175,9 @@ def lead_jobs(
     first = (state.read() or {}).get("first_started")
     logger.info("%d jobs, %d of them to do", len(jobs), len(round.jobs))
     try:
-        if not settings.finish_only:
-            work(round, terms, slots=settings.jobs_per_device, grace_seconds=settings.grace_seconds, stopping=stopping)
-            while not stopping() and not round.all_ended():
-                time.sleep(IDLE_SECONDS)
+        work(round, terms, slots=settings.jobs_per_device, grace_seconds=settings.grace_seconds, stopping=stopping)
+        while not stopping() and not round.all_ended():
+            time.sleep(IDLE_SECONDS)
         if not stopping():
             finish(jobs, terms, settings, arguments, stopping)
         if stopping():

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from co3d_ensemble.config import setting
 from co3d_ensemble.fleet.attempts import new_record
-from co3d_ensemble.fleet.disk import FleetState, JobFolder, fleet_folder, read_json
+from co3d_ensemble.fleet.disk import FINISH, FleetState, JobFolder, fleet_folder, read_json
 
 TAIL_BYTES = 16384  # of metrics.jsonl: holds the last line of either kind
 STATES = ("running", "waiting", "interrupted", "done", "failed")  # the order in which they are shown
@@ -72,6 +72,7 @@ def read_status(output_dir: Path | str, *, now: float | None = None) -> dict[str
     expected = {job["name"]: job["expected_seconds"] for job in listed["jobs"]}
     state = dict(FleetState(output_dir).read() or {})
     state["alive"] = JobFolder.folder_is_locked(fleet_folder(output_dir))
+    state["finishing"] = JobFolder(output_dir, FINISH).is_locked()
     counts = {name: sum(job.state == name for job in jobs) for name in STATES}
     return {"fleet": state, "jobs": jobs, "counts": counts, "seconds_left": time_left(jobs, expected, listed["slots"])}
 
@@ -195,6 +196,7 @@ def render(status: Mapping[str, Any]) -> Group:
         )
     counts = ", ".join(f"{n} {name}" for name, n in status["counts"].items() if n)
     fleet = status["fleet"]
-    state = "at work" if fleet["alive"] else f"{fleet.get('state', 'unknown')} ({fleet.get('reason', '')})"
+    at_work = "fusing, scoring and exporting" if fleet["finishing"] else "at work"
+    state = at_work if fleet["alive"] else f"{fleet.get('state', 'unknown')} ({fleet.get('reason', '')})"
     left = "unknown" if status["seconds_left"] is None else duration(status["seconds_left"])
     return Group(table, Text(f"{len(status['jobs'])} jobs: {counts}. Fleet: {state}. Time left for all: {left}"))
