@@ -204,7 +204,7 @@ def lead_jobs(
 def finish(jobs: Sequence[Job], terms: Terms, settings: FleetConfig, arguments: Sequence[str], stopping: Callable[[], bool]) -> None:
     """Runs the last step as a job, unless it was done for these very results."""
     made_from = []
-    for job in jobs:
+    for job in sorted(jobs, key=lambda job: job.name):  # their order changes with what is known of their lengths
         folder = JobFolder(settings.output_dir, job.name)
         made_from.append([job.name, read_json(folder.done), folder.failed.exists()])
     given = [argument for argument in arguments if not argument.startswith(("device=", "finish_only="))]
