@@ -47,10 +47,7 @@ def compose_ensemble(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) ->
         hydra.errors.HydraException, ValueError: an unknown key or experiment, a wrong type or value; the message names it and,
             where it is a member's, the member.
     """
-    special = [(match["name"], match["sign"] + match["rest"]) for match in map(_FOR_ONE.fullmatch, overrides) if match]
-    general = [override for override in overrides if not _FOR_ONE.fullmatch(override)]
-    own = [override for override in general if _group(override) in (*EnsembleConfig.__dataclass_fields__, "experiment")]
-    shared = [override for override in general if override not in own]
+    special, own, shared = _parted(overrides)
     schema = OmegaConf.structured(EnsembleConfig)
     # untyped, for OmegaConf cannot add a member to a typed dictionary key by key; types and unknown keys are checked below
     ConfigStore.instance().store(name="ensemble_schema", node=OmegaConf.to_container(schema))
@@ -67,6 +64,31 @@ def compose_ensemble(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) ->
         member.overrides = [*member.overrides, *mine]
     config.overrides = [*config.overrides, *shared]
     return config, experiments
+
+
+def member_overrides(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> dict[str, list[str]]:
+    """Per member, the overrides that compose its experiment by itself: what ``compose_ensemble`` gives it, places left out.
+
+    Raises:
+        hydra.errors.HydraException, ValueError: as :func:`compose_ensemble`.
+    """
+    special, _, shared = _parted(overrides)
+    config, _ = compose_ensemble(overrides, config_dir)
+    found = {}
+    for name, member in config.members.items():
+        mine = [override for owner, override in special if owner == name]
+        general = list(config.overrides)[: len(config.overrides) - len(shared)]
+        given = list(member.overrides)[: len(member.overrides) - len(mine)]
+        found[name] = [f"experiment={member.experiment}", *general, *given, *shared, *mine]
+    return found
+
+
+def _parted(overrides: Sequence[str]) -> tuple[list[tuple[str, str]], list[str], list[str]]:
+    """Overrides for single members with their names, those of the ensemble itself, and those of all members."""
+    special = [(match["name"], match["sign"] + match["rest"]) for match in map(_FOR_ONE.fullmatch, overrides) if match]
+    general = [override for override in overrides if not _FOR_ONE.fullmatch(override)]
+    own = [override for override in general if _group(override) in (*EnsembleConfig.__dataclass_fields__, "experiment")]
+    return special, own, [override for override in general if override not in own]
 
 
 def _compose_member(config: DictConfig, name: str, overrides: Sequence[str], config_dir: Path) -> DictConfig:

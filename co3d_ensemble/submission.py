@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,7 @@ def export_submission(
     models: Sequence[str],
     fusion: str = "auto",
     allow_missing: bool = False,
+    only: Collection[tuple[str, str]] | None = None,
     device: str = "auto",
     chunk_rays: int | None = None,
 ) -> dict[str, Any]:
@@ -68,6 +69,7 @@ def export_submission(
         fusion: of several members: ``auto`` takes the one that the sequence's ``ensemble`` records for the same members, else
             the plain average; ``mean``, ``opacity``, ``confidence`` or ``agreement``.
         allow_missing: leave out subsets that lack a trained run instead of refusing.
+        only: (category, subset name) of the subsets to export; None: all of the set. The annotations of others are not read.
         chunk_rays: rays rendered at once, fewer for less memory; None: each run's own ``rendering.chunk_rays``.
 
     Returns:
@@ -86,7 +88,7 @@ def export_submission(
     if fusion not in FUSIONS:
         raise ValueError(f"fusion={fusion!r}: expected one of {', '.join(FUSIONS)}")
     index = CO3DIndex(dataset_root)
-    records = targets_with_records(index, task="manyview", sequence_set=sequence_set)
+    records = targets_with_records(index, task="manyview", sequence_set=sequence_set, only=only)
     sources, missing = _sources(records, output_dir, models, fusion, allow_missing=allow_missing, sequence_set=sequence_set)
     for name, source in sources.items():
         for run in source.runs.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from PIL import Image
@@ -49,16 +50,21 @@ def archive_name(task: str, sequence_set: str) -> str:
     return f"submission_{task}_{sequence_set}.hdf5"
 
 
-def targets_with_records(index: CO3DIndex, *, task: str, sequence_set: str) -> dict[Target, FrameRecord]:
+def targets_with_records(
+    index: CO3DIndex, *, task: str, sequence_set: str, only: Collection[tuple[str, str]] | None = None
+) -> dict[Target, FrameRecord]:
     """The frames that a submission holds, in the index's order, each once, with where their ground truth lies.
+
+    Args:
+        only: (category, subset name) of the subsets to take; None: all of the set. Others are not read.
 
     Raises:
         ValueError: the data set has no such subset, or a target without annotated size has no picture either.
     """
     archive_name(task, sequence_set)
-    subsets = index.all_subsets(sequence_set=[sequence_set], task=task)
+    subsets = [pair for pair in index.all_subsets(sequence_set=[sequence_set], task=task) if only is None or pair in only]
     if not subsets:
-        raise ValueError(f"{index.root} has no subset {task}_{sequence_set}")
+        raise ValueError(f"{index.root} has no subset {task}_{sequence_set}" + ("" if only is None else " among the chosen ones"))
     records = {}
     for category, name in subsets:
         for record in index.subset(category, name).targets:
