@@ -210,7 +210,7 @@ def test_a_time_budget_fixes_the_steps_once(root, tmp_path, monkeypatch):
     steps = settings_of(tmp_path).training.max_steps
     assert steps > 0 and json.loads((run_of(tmp_path) / "budget.json").read_text())["max_steps"] == steps
     assert scores_of(tmp_path)["steps"] == steps
-    monkeypatch.setattr(budget, "_probe", lambda *_: pytest.fail("probed again"))
+    monkeypatch.setattr(budget, "measure_speed", lambda *_: pytest.fail("probed again"))
     (run_of(tmp_path) / "results.json").unlink()
     assert train(root, tmp_path, **given) == 0
     assert settings_of(tmp_path).training.max_steps == scores_of(tmp_path)["steps"] == steps

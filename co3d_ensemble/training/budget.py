@@ -52,7 +52,7 @@ def fit_budget(make_task: Callable[[Any], Task], run: RunDirectory, device: torc
         return config
     seconds = 60.0 * config.budget_minutes
     start = time.perf_counter()
-    probe = _probe(make_task, config, torch.device(device), min(MAX_PROBE_SECONDS, PROBE_SHARE * seconds))
+    probe = measure_speed(make_task, config, torch.device(device), min(MAX_PROBE_SECONDS, PROBE_SHARE * seconds))
     n_validations = math.ceil(1.0 / config.validate_every)
     left = seconds - (time.perf_counter() - start) - n_validations * probe.validation_seconds
     max_steps = int((left - probe.n_changes * probe.change_seconds) / probe.step_seconds)
@@ -77,7 +77,7 @@ def fit_budget(make_task: Callable[[Any], Task], run: RunDirectory, device: torc
 
 
 @dataclass(frozen=True)
-class _Probe:
+class Speed:
     """Seconds of a step, a validation and a structure change, and how many changes a run makes."""
 
     step_seconds: float
@@ -85,8 +85,14 @@ class _Probe:
     n_changes: int
     change_seconds: float
 
+    def run_seconds(self, max_steps: int, validate_every: float) -> float:
+        """Of a whole run's loop."""
+        n_validations = math.ceil(1.0 / validate_every)
+        return max_steps * self.step_seconds + n_validations * self.validation_seconds + self.n_changes * self.change_seconds
 
-def _probe(make_task: Callable[[Any], Task], config: DictConfig, device: torch.device, seconds: float) -> _Probe:
+
+def measure_speed(make_task: Callable[[Any], Task], config: DictConfig, device: torch.device, seconds: float) -> Speed:
+    """Times steps for about ``seconds``, then a validation and a structure change, on a task that is thrown away."""
     seed_default_generators(config.seed, INITIALISATION)
     task = make_task(config)
     if hasattr(task, "settle"):
@@ -110,4 +116,4 @@ def _probe(make_task: Callable[[Any], Task], config: DictConfig, device: torch.d
     validation_seconds = time.perf_counter() - start
     measure = getattr(task, "structure_seconds", None)  # last: it may change the model
     n_changes, change_seconds = (0, 0.0) if measure is None else measure()
-    return _Probe(step_seconds, validation_seconds, n_changes, change_seconds)
+    return Speed(step_seconds, validation_seconds, n_changes, change_seconds)
