@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Iterator
 
@@ -160,12 +160,11 @@ class DataConfig:
 
 
 @dataclass
-class TrainingConfig:
+class LoopConfig:
+    """What the training loop takes, whatever it trains."""
+
     max_steps: int = setting(350_000, "optimisation steps; every schedule scales with it")
     budget_minutes: float | None = setting(None, "probe the speed and set max_steps so that training takes this long")
-    n_rays: int = setting(1024, "rays per step")
-    lr: float = setting(5e-4, "Adam's learning rate after the warm-up; of a VM field: its factors'")
-    lr_network: float | None = setting(None, "learning rate of a VM field's basis and colour network; null: lr")
     lr_final: float = setting(0.0, "share of lr at the end of the cosine")
     betas: tuple[float, float] = setting((0.9, 0.999), "Adam's moment decay rates")
     adam_eps: float = setting(1e-8, "Adam's epsilon")
@@ -174,6 +173,26 @@ class TrainingConfig:
     clip_grad_norm: float | None = setting(1.0, "gradient-norm clip; null: off")
     ema: bool = setting(True, "evaluate an exponential moving average of the weights")
     ema_horizon: float = setting(35.0, "decay = 1 - ema_horizon / max_steps: 0.9999 at 350,000 steps")
+    loss_weights: dict[str, float | None] = setting({}, "weight per loss name; null drops a default; an unknown name is an error")
+    ramped_losses: tuple[str, ...] = setting((), "losses ramped in linearly after the warm-up")
+    ramp: float = setting(0.05, "share of max_steps over which they ramp")
+    validate_every: float = setting(0.1, "share of max_steps between validations")
+    early_stopping_patience: int | None = setting(None, "stop after this many validations without a better criterion (psnr_masked)")
+    checkpoint_every_seconds: float = setting(120.0, "seconds between checkpoints")
+    log_every: int = setting(50, "steps between two lines of metrics")
+    resume: str = setting("auto", "auto: go on from the last good checkpoint | never: refuse an existing run | restart: discard it")
+    seed: int = setting(0, "of weights, sampling and noise")
+    deterministic: bool = setting(False, "torch's deterministic algorithms: resumed runs equal uninterrupted ones bit for bit on CPU")
+    progress: bool = setting(True, "progress bar")
+
+
+@dataclass
+class TrainingConfig(LoopConfig):
+    """Training on rays of one sequence."""
+
+    n_rays: int = setting(1024, "rays per step")
+    lr: float = setting(5e-4, "Adam's learning rate after the warm-up; of a VM field: its factors'")
+    lr_network: float | None = setting(None, "learning rate of a VM field's basis and colour network; null: lr")
     loss_weights: dict[str, float | None] = setting(
         {
             "loss_roi_rgb": 1.0,
@@ -185,15 +204,6 @@ class TrainingConfig:
         "weight per loss name; null drops a default; an unknown name is an error; implicitron models bring their own",
     )
     ramped_losses: tuple[str, ...] = setting(("loss_sample_entropy",), "losses ramped in linearly after the warm-up")
-    ramp: float = setting(0.05, "share of max_steps over which they ramp")
-    validate_every: float = setting(0.1, "share of max_steps between validations")
-    early_stopping_patience: int | None = setting(None, "stop after this many validations without a better psnr_masked")
-    checkpoint_every_seconds: float = setting(120.0, "seconds between checkpoints")
-    log_every: int = setting(50, "steps between two lines of metrics")
-    resume: str = setting("auto", "auto: go on from the last good checkpoint | never: refuse an existing run | restart: discard it")
-    seed: int = setting(0, "of weights, ray sampling and noise")
-    deterministic: bool = setting(False, "torch's deterministic algorithms: resumed runs equal uninterrupted ones bit for bit on CPU")
-    progress: bool = setting(True, "progress bar")
 
 
 @dataclass
@@ -302,6 +312,17 @@ _POSITIVE = (
 )
 
 # allowed interval as people write it; where the type allows null, null is allowed as well
+LOOP_RANGES = {
+    "training.budget_minutes": "(0, inf)",
+    "training.lr_final": "[0, 1]",
+    "training.warmup": "[0, 1)",
+    "training.ramp": "[0, 1]",
+    "training.clip_grad_norm": "(0, inf)",
+    "training.ema_horizon": "(0, inf)",
+    "training.validate_every": "(0, 1]",
+    "training.early_stopping_patience": "[1, inf)",
+    "training.checkpoint_every_seconds": "[0, inf)",
+}
 _RANGES = {
     "data.val_share": "(0, 1)",
     "data.longest_side": "[8, inf)",
@@ -323,16 +344,36 @@ _RANGES = {
     "model.tensorf.color_threshold": "[0, 1)",
     "model.grid.final_resolution": "[2, inf)",
     "training.lr_network": "(0, inf)",
-    "training.budget_minutes": "(0, inf)",
-    "training.lr_final": "[0, 1]",
-    "training.warmup": "[0, 1)",
-    "training.ramp": "[0, 1]",
-    "training.clip_grad_norm": "(0, inf)",
-    "training.ema_horizon": "(0, inf)",
-    "training.validate_every": "(0, 1]",
-    "training.early_stopping_patience": "[1, inf)",
-    "training.checkpoint_every_seconds": "[0, inf)",
+    **LOOP_RANGES,
 }
+
+
+def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
+    """Raises ValueError for a dotted key whose value is none of those that it may have."""
+    for key, allowed in choices.items():
+        if _value(config, key) not in allowed:
+            raise ValueError(f"{key}={_value(config, key)!r}: expected one of {', '.join(allowed)}")
+
+
+def check_positive(config: Any, keys: Sequence[str]) -> None:
+    """Raises ValueError for a dotted key whose value is not positive."""
+    for key in keys:
+        if not _value(config, key) > 0:
+            raise ValueError(f"{key}={_value(config, key)!r}: must be positive")
+
+
+def check_ranges(config: Any, ranges: Mapping[str, str]) -> None:
+    """Raises ValueError for a dotted key whose value lies outside of an interval written like ``(0, 1]``; null is inside."""
+    for key, interval in ranges.items():
+        value = _value(config, key)
+        if value is not None and not _lies_in(value, interval):
+            raise ValueError(f"{key}={value}: must lie in {interval}")
+
+
+def _value(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
 
 
 def validate(config: Any) -> None:
@@ -345,18 +386,8 @@ def validate(config: Any) -> None:
         ValueError: naming the key, its value and what is allowed.
     """
 
-    def get(key: str) -> Any:
-        node = config
-        for part in key.split("."):
-            node = getattr(node, part)
-        return node
-
-    for key, allowed in _CHOICES.items():
-        if get(key) not in allowed:
-            raise ValueError(f"{key}={get(key)!r}: expected one of {', '.join(allowed)}")
-    for key in _POSITIVE:
-        if not get(key) > 0:
-            raise ValueError(f"{key}={get(key)!r}: must be positive")
+    check_choices(config, _CHOICES)
+    check_positive(config, _POSITIVE)
     bounds = config.data.bounds
     pairs = {"data.bounds.near, far": (bounds.near, bounds.far)}
     pairs |= {f"data.bounds.overrides.{name}": pair for name, pair in bounds.overrides.items()}
@@ -364,10 +395,7 @@ def validate(config: Any) -> None:
         numbers = [value for value in pair if isinstance(value, (int, float))] if isinstance(pair, Sequence) else []
         if len(numbers) != 2 or len(pair) != 2 or not 0 < numbers[0] < numbers[1]:
             raise ValueError(f"{name}={pair}: expected two distances with 0 < near < far")
-    for key, interval in _RANGES.items():
-        value = get(key)
-        if value is not None and not _lies_in(value, interval):
-            raise ValueError(f"{key}={value}: must lie in {interval}")
+    check_ranges(config, _RANGES)
     for key in ("upsample_at", "shrink_at"):
         shares = list(getattr(config.model.grid, key))
         if any(not 0 < share < 1 for share in shares) or shares != sorted(shares):

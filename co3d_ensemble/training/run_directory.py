@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,15 @@ class ConfigMismatch(ValueError):
 
 
 class RunDirectory:
-    """Paths of a run; made by :meth:`open` for training, or directly for reading one."""
+    """Paths of a run; made by :meth:`open` for training, or directly for reading one.
 
-    def __init__(self, path: Path | str) -> None:
+    Args:
+        free_keys: dotted keys of settings, or groups, that cannot change the result.
+    """
+
+    def __init__(self, path: Path | str, *, free_keys: Sequence[str] = FREE_KEYS) -> None:
         self.path = Path(path)
+        self._free_keys = tuple(free_keys)
         self.config_path = self.path / "config.yaml"
         self.environment_path = self.path / "environment.json"
         self.budget_path = self.path / "budget.json"
@@ -73,18 +78,27 @@ class RunDirectory:
     @property
     def config_digest(self) -> str:
         """Hash of every setting that can change the result."""
-        settings = {key: value for key, value in flattened(self.config).items() if not is_free(key)}
+        settings = {key: value for key, value in flattened(self.config).items() if not is_free(key, self._free_keys)}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @classmethod
     @contextmanager
-    def open(cls, path: Path | str, config: Any, *, resume: str = "auto", device: torch.device | str = "cpu") -> Iterator[RunDirectory]:
+    def open(
+        cls,
+        path: Path | str,
+        config: Any,
+        *,
+        resume: str = "auto",
+        device: torch.device | str = "cpu",
+        free_keys: Sequence[str] = FREE_KEYS,
+    ) -> Iterator[RunDirectory]:
         """The directory, locked for this process, its configuration checked and written.
 
         Args:
             config: the whole experiment, a dataclass or an omegaconf node, without missing values.
             resume: ``auto`` goes on with an existing run, ``never`` refuses it, ``restart`` deletes it.
             device: named in ``environment.json``.
+            free_keys: settings in which a resumed run may differ.
 
         Raises:
             RunDirectoryBusy: another process holds it.
@@ -93,7 +107,7 @@ class RunDirectory:
         """
         if resume not in RESUME_MODES:
             raise ValueError(f"resume={resume!r}: expected one of {', '.join(RESUME_MODES)}")
-        run = cls(path)
+        run = cls(path, free_keys=free_keys)
         run.path.mkdir(parents=True, exist_ok=True)
         with FolderLock(run.path):
             remove_temporaries(run.path)
@@ -119,7 +133,7 @@ class RunDirectory:
             stored = self.config
             if budget is not None:
                 OmegaConf.update(stored, "training.max_steps", budget["max_steps"])  # killed between the two files
-            differences = config_differences(stored, config)
+            differences = config_differences(stored, config, self._free_keys)
             if differences and any(self.checkpoints.glob("*.pt")):
                 raise ConfigMismatch(self.path, differences)
             if differences:  # it stopped before its first checkpoint: there is nothing to protect, and nothing to reuse
@@ -149,14 +163,14 @@ def is_free(key: str, free_keys: Iterable[str] = FREE_KEYS) -> bool:
     return any(key == free or key.startswith(free + ".") for free in free_keys)
 
 
-def config_differences(stored: Any, wanted: Any) -> dict[str, tuple[Any, Any]]:
+def config_differences(stored: Any, wanted: Any, free_keys: Iterable[str] = FREE_KEYS) -> dict[str, tuple[Any, Any]]:
     """Settings that can change the result and differ: dotted key -> (stored, wanted)."""
     before, now = flattened(stored), flattened(wanted)
     keys = [*before, *(key for key in now if key not in before)]
     return {
         key: (before.get(key, _ABSENT), now.get(key, _ABSENT))
         for key in keys
-        if not is_free(key) and before.get(key, _ABSENT) != now.get(key, _ABSENT)
+        if not is_free(key, free_keys) and before.get(key, _ABSENT) != now.get(key, _ABSENT)
     }
 
 
