@@ -24,7 +24,8 @@ def decoded(path):
     return meta, frames
 
 
-@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")  # imageio-ffmpeg's reader leaves its pipes open
+# imageio-ffmpeg's reader leaves its pipes open
+@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 def test_a_video_has_the_frames_the_size_and_the_speed_that_were_asked_for(tmp_path):
     values = [20, 80, 140, 200, 250]
     assert write_video(tmp_path / "a.mp4", (flat(value) for value in values), fps=10) == 5
