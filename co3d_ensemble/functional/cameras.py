@@ -149,3 +149,51 @@ def nearest_point_to_rays(origins: Tensor, directions: Tensor) -> Tensor:
 def angle_between(first: Tensor, second: Tensor) -> Tensor:
     """Radians between unit vectors (..., 3), accurate near 0 and pi."""
     return 2 * torch.atan2((first - second).norm(dim=-1), (first + second).norm(dim=-1)).clamp(max=math.pi)
+
+
+def inverse_intrinsics(K: Tensor) -> Tensor:
+    """``K^-1`` of matrices (fx, s, cx; 0, fy, cy; 0, 0, 1), shape (..., 3, 3), in closed form: exact zeros stay zeros."""
+    fx, fy, skew, cx, cy = K[..., 0, 0], K[..., 1, 1], K[..., 0, 1], K[..., 0, 2], K[..., 1, 2]
+    zero, one = torch.zeros_like(fx), torch.ones_like(fx)
+    entries = (1 / fx, -skew / (fx * fy), (skew * cy / fy - cx) / fx, zero, 1 / fy, -cy / fy, zero, zero, one)
+    return torch.stack(entries, dim=-1).reshape(K.shape)
+
+
+def resized_intrinsics(K: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    """K (..., 3, 3) for the picture resampled from ``size`` to ``new_size``, both (height, width).
+
+    With (0.5, 0.5) at the centre of the top left pixel, pixel coordinates scale without an offset.
+    """
+    scale = K.new_tensor([new_size[1] / size[1], new_size[0] / size[0], 1.0])
+    return K * scale[:, None]
+
+
+def opencv_from_pinhole(camera: PinholeCamera) -> tuple[Tensor, Tensor, Tensor]:
+    """K (3, 3), R (3, 3) and t (3,) in OpenCV's convention: ``X_camera = R X_world + t``, x right, y down, z into the scene.
+
+    PyTorch3D has row vectors and x left, y up: both axes flip and R is transposed. Pixel coordinates are the same.
+    """
+    flip = camera.R.new_tensor([-1.0, -1.0, 1.0])
+    K = torch.zeros_like(camera.R)
+    K[0, 0], K[1, 1], K[2, 2] = camera.focal[0], camera.focal[1], 1.0
+    K[:2, 2] = camera.principal
+    return K, flip[:, None] * camera.R.T, flip * camera.T
+
+
+def pinhole_from_opencv(K: Tensor, R: Tensor, t: Tensor, *, height: int, width: int) -> PinholeCamera:
+    """Inverse of :func:`opencv_from_pinhole`.
+
+    Raises:
+        ValueError: K has skew, for which ``PinholeCamera`` has no place.
+    """
+    if K[0, 1] != 0:
+        raise ValueError(f"K has skew {K[0, 1].item()}: a PinholeCamera has none")
+    flip = R.new_tensor([-1.0, -1.0, 1.0])
+    focal = torch.stack((K[0, 0], K[1, 1]))
+    return PinholeCamera(R=R.T * flip, T=flip * t, focal=focal, principal=K[:2, 2].clone(), height=height, width=width)
+
+
+def relative_pose(R_source: Tensor, t_source: Tensor, R_target: Tensor, t_target: Tensor) -> tuple[Tensor, Tensor]:
+    """R (..., 3, 3), t (..., 3) with ``X_target = R X_source + t``, of two poses ``X = R X_world + t`` in OpenCV's convention."""
+    R = R_target @ R_source.transpose(-1, -2)
+    return R, t_target - (R @ t_source[..., None])[..., 0]

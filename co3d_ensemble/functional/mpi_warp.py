@@ -1,0 +1,145 @@
+"""Plane-induced warps: where the planes of a source camera's multiplane image are met by a target camera's pixels.
+
+Pixel coordinates have (0.5, 0.5) at the centre of the top left pixel, camera frames are OpenCV's (x right, y down, z into
+the scene), and ``X_target = R X_source + t``. Plane i is ``z = z_i`` in the source camera's frame.
+
+In what follows ``r = K_t^-1 q`` is the ray of target pixel q, ``u = R^T r`` the same in the source's axes, and
+``o = -R^T t`` the target camera's centre. The ray meets plane i at ``z_target = (z_i - o_z) / u_z``, so
+
+- the target depth of plane i is one picture, ``1 / u_z``, times one number per plane, ``z_i - o_z``;
+- the source pixel is ``(1 - o_z / z_i) K_s (u / u_z) + K_s o / z_i``: one picture (where the plane at infinity is met), scaled
+  and shifted per plane. A homography per plane and pixel, with its division, is not needed;
+- neighbouring planes are ``(z_{i+1} - z_i) |r| / |u_z|`` apart along the ray, which is equation (6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from co3d_ensemble.functional.cameras import inverse_intrinsics
+
+LAST_DISTANCE = 1e3  # what the last plane reaches, as in the reference: any density there is almost opaque
+GRAZING = 1e-6  # rays that rise less than this per unit length towards the planes never meet them inside a picture
+
+
+def plane_homographies(K_source: Tensor, K_target: Tensor, R: Tensor, t: Tensor, depth: Tensor) -> Tensor:
+    """Homographies from source pixels to target pixels, one per plane: ``H_i = K_t (R + t n^T / z_i) K_s^-1``, n = (0, 0, 1).
+
+    Equation (5) of the slides reads ``K (R - t n^T / z_i) K^-1`` from target to source pixels. That is the same map where R
+    and t lead from the target to the source and the plane is ``n^T X = -z_i`` in the target's frame; for planes that are
+    fronto-parallel to the SOURCE camera at +z_i, as all of MINE's are, the sign is + and the map to sample with is the
+    inverse, :func:`inverse_plane_homographies`. Two different cameras have two different K.
+
+    Args:
+        K_source, K_target: intrinsics in pixels, last row (0, 0, 1), shape (B, 3, 3).
+        R, t: ``X_target = R X_source + t``, shapes (B, 3, 3) and (B, 3).
+        depth: z_i > 0, shape (B, N).
+
+    Returns:
+        Shape (B, N, 3, 3), acting on homogeneous columns (x, y, 1); the third component of the result is z_target / z_i.
+    """
+    with _full_precision(K_source):
+        normal_part = t[:, None, :, None] * _axis(depth) / depth[..., None, None]
+        return K_target[:, None] @ (R[:, None] + normal_part) @ inverse_intrinsics(K_source)[:, None]
+
+
+def inverse_plane_homographies(K_source: Tensor, K_target: Tensor, R: Tensor, t: Tensor, depth: Tensor) -> Tensor:
+    """The inverse of :func:`plane_homographies` up to scale, in closed form (Sherman and Morrison), without a division by it.
+
+    ``H_i^-1 ~ K_s ((1 + c / z_i) R^T - R^T t n^T R^T / z_i) K_t^-1`` with ``c = n^T R^T t``. It is finite for every plane, also
+    for one that holds the target camera (``z_i = -c``), where it has rank 1.
+
+    Returns:
+        Shape (B, N, 3, 3), from target pixels to source pixels; the third component of the result is u_z, positive where the
+        ray runs with the planes.
+    """
+    with _full_precision(K_source):
+        transposed = R.transpose(1, 2)
+        shift = (transposed @ t[:, :, None])[:, None]  # (B, 1, 3, 1)
+        disparity = depth.reciprocal()[..., None, None]
+        inner = (1 + shift[:, :, 2:] * disparity) * transposed[:, None] - shift * transposed[:, None, 2:] * disparity
+        return K_source[:, None] @ inner @ inverse_intrinsics(K_target)[:, None]
+
+
+@dataclass(frozen=True)
+class PlaneHits:
+    """Where the rays of a target picture meet the planes, factored into pictures and numbers per plane (see the module).
+
+    Attributes:
+        positions: in the source picture, of the plane at infinity, as ``grid_sample`` takes them (-1 and 1 are the outer
+            edges of the picture), x before y, shape (B, 2, h, w).
+        scale, shift: plane i is met at ``scale_i * positions + shift_i``; shapes (B, N) and (B, N, 2).
+        advance: z_target per unit of the source's z, ``1 / u_z``, shape (B, 1, h, w); 0 where the ray does not run with
+            the planes and so meets none (they have a front side only).
+        length: length of the ray per unit of the source's z, ``|r| / u_z``, shape (B, 1, h, w); 0 where advance is.
+        ahead: ``z_i - o_z``, how far plane i is in front of the target camera in the source's z, shape (B, N).
+        spacing: ``z_{i+1} - z_i``, shape (B, N - 1).
+    """
+
+    positions: Tensor
+    scale: Tensor
+    shift: Tensor
+    advance: Tensor
+    length: Tensor
+    ahead: Tensor
+    spacing: Tensor
+
+
+def plane_hits(
+    K_source: Tensor,
+    K_target: Tensor,
+    R: Tensor,
+    t: Tensor,
+    *,
+    depth: Tensor,
+    source_size: tuple[int, int],
+    target_size: tuple[int, int],
+    dtype: torch.dtype,
+) -> PlaneHits:
+    """Meets the rays of all target pixels with all planes.
+
+    Computed in float64 (where the device has it) and rounded to ``dtype`` at the end: the cost is that of one plane's warp.
+
+    Args:
+        K_source, K_target, R, t, depth: as in :func:`plane_homographies`.
+        source_size, target_size: (height, width) of the planes and of the target picture.
+    """
+    with _full_precision(K_source):
+        wide = torch.float32 if depth.device.type == "mps" else torch.float64
+        K_source, K_target, R, t, depth = (value.to(wide) for value in (K_source, K_target, R, t, depth))
+        rays = pixel_directions(K_target, *target_size)  # (B, 3, h, w)
+        turned = torch.einsum("bji,bjhw->bihw", R, rays)
+        norm = rays.norm(dim=1, keepdim=True)
+        runs_with = turned[:, 2:] > GRAZING * norm
+        rise = torch.where(runs_with, turned[:, 2:], torch.ones_like(norm))
+        center = -(R.transpose(1, 2) @ t[:, :, None])[:, :, 0]
+        half = depth.new_tensor(source_size).flip(0) / 2  # (width, height) / 2
+        focal = K_source[:, :2, :2] / half[:, None]
+        principal = K_source[:, :2, 2] / half - 1
+        positions = torch.einsum("bij,bjhw->bihw", focal, turned[:, :2] / rise) + principal[:, :, None, None]
+        positions = torch.where(runs_with, positions, torch.zeros_like(positions))
+        ahead = depth - center[:, 2:]
+        epipole = (focal @ center[:, :2, None])[:, :, 0] + principal * center[:, 2:]
+        advance = runs_with / rise
+        hits = (positions, ahead / depth, epipole[:, None] / depth[..., None], advance, norm * advance, ahead, depth.diff(dim=1))
+        return PlaneHits(*(value.to(dtype) for value in hits))
+
+
+def pixel_directions(K: Tensor, height: int, width: int) -> Tensor:
+    """``K^-1 (x, y, 1)`` of every pixel centre: (B, 3, height, width), the z component 1. Equation (3) at z = 1."""
+    x = torch.arange(width, device=K.device, dtype=K.dtype) + 0.5
+    y = torch.arange(height, device=K.device, dtype=K.dtype) + 0.5
+    inverse = inverse_intrinsics(K)[:, :, :, None, None]
+    return inverse[:, :, 0] * x + inverse[:, :, 1] * y[:, None] + inverse[:, :, 2]
+
+
+def _axis(like: Tensor) -> Tensor:
+    return like.new_tensor([0.0, 0.0, 1.0])
+
+
+def _full_precision(like: Tensor) -> torch.autocast:
+    """Autocast would round poses and intrinsics to bf16 in every product of matrices."""
+    return torch.autocast(like.device.type, enabled=False)
