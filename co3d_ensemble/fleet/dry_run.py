@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from co3d_ensemble.fleet.checks import Pair, Report, check_all
 from co3d_ensemble.fleet.disk import JobFolder
+from co3d_ensemble.fleet.environment import check_environment
 from co3d_ensemble.fleet.plan import Plan, make_plan
-from co3d_ensemble.fleet.run import JOBS_FAILED, check_environment
+from co3d_ensemble.fleet.run import JOBS_FAILED
 from co3d_ensemble.fleet.settings import FleetConfig
 from co3d_ensemble.fleet.status import duration, packed
 from co3d_ensemble.scripts import WRONG_ARGUMENTS, first_line

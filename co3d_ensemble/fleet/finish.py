@@ -74,9 +74,7 @@ def complete_subsets(settings: FleetConfig, plan: Plan) -> list[tuple[str, str]]
     return [pair for pair in plan.subsets if all(JobFolder(settings.output_dir, n).is_done(recipes[n]) for n in names[pair])]
 
 
-def fuse_all(
-    settings: FleetConfig, plan: Plan, subsets: Sequence[tuple[str, str]], failures: dict[str, str]
-) -> list[tuple[str, str]]:
+def fuse_all(settings: FleetConfig, plan: Plan, subsets: Sequence[tuple[str, str]], failures: dict[str, str]) -> list[tuple[str, str]]:
     """Fuses subset by subset and returns those where it worked; adds the others to ``failures``."""
     fused = []
     for number, (category, subset) in enumerate(subsets, start=1):

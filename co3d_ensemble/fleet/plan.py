@@ -72,9 +72,7 @@ def compose_models(experiment: str, overrides: Sequence[str], chosen: Sequence[s
     names = [name for name in given if not chosen or name in chosen]
     if ensemble is not None:
         ensemble.members = {name: ensemble.members[name] for name in names}
-    return Models(
-        {name: given[name] for name in names}, {name: configs[name] for name in names}, ensemble if len(names) > 1 else None
-    )
+    return Models({name: given[name] for name in names}, {name: configs[name] for name in names}, ensemble if len(names) > 1 else None)
 
 
 def make_plan(settings: FleetConfig, overrides: Sequence[str]) -> Plan:

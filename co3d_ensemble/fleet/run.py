@@ -2,46 +2,37 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
-import shutil
-import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from co3d_ensemble.data.co3d import SUBSET_LIST_FILE
 from co3d_ensemble.files import remove_temporaries, write_json_atomic
-from co3d_ensemble.fleet import child
 from co3d_ensemble.fleet.attempts import new_record
-from co3d_ensemble.fleet.bound import die_with_parent
 from co3d_ensemble.fleet.claims import STORE_ERRORS, Reception, Round, RoundError, ask_for_round, connect, connect_again
 from co3d_ensemble.fleet.disk import FAILURES_FILE, FINISH, FleetState, JobFolder, fleet_folder, read_json, unfinished
+from co3d_ensemble.fleet.environment import check_environment, terms_of
 from co3d_ensemble.fleet.jobrun import Terms
 from co3d_ensemble.fleet.jobs import Job, digest
+from co3d_ensemble.fleet.session import bound_to_agent, session, take_fleet_lock, whose
 from co3d_ensemble.fleet.settings import FleetConfig
 from co3d_ensemble.fleet.worker import run_alone, work
 from co3d_ensemble.scripts import WRONG_ARGUMENTS, first_line
-from co3d_ensemble.training.lock import FolderLock, RunDirectoryBusy
+from co3d_ensemble.training.lock import RunDirectoryBusy
 from co3d_ensemble.training.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, StopSignals
 
 logger = logging.getLogger(__name__)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 DONE, FAILED, REQUEUE = "done", "failed", "requeue"  # of fleet_state.json
 ERROR, JOBS_FAILED, BUSY = 1, 3, 4  # exit codes beside those of the scripts
 IDLE_SECONDS = 0.5  # between two looks at a round that others are still busy with
 LEAVE_SECONDS = 20.0
-LOCK_SLACK_SECONDS = 10.0  # over the grace, for the leader of the round before to be gone
 
 Outcome = dict[str, Any]  # state, code, reason
 
@@ -78,17 +69,6 @@ def run_fleet(settings: FleetConfig, overrides: Sequence[str], arguments: Sequen
     if outcome["code"]:
         print(f"error: {outcome['reason']}", file=sys.stderr)
     return 0 if elastic else outcome["code"]
-
-
-def bound_to_agent() -> bool:
-    """Asks for SIGTERM when torchrun's agent dies: one that is killed leaves its workers behind, and they would go on beside
-    those of the next. False where it is dead already: the agent is a Python process, and who inherits orphans is not."""
-    parent = os.getppid()
-    die_with_parent(parent, signal.SIGTERM)
-    try:
-        return Path(os.readlink(f"/proc/{parent}/exe")).name.startswith("python")
-    except OSError:  # no /proc, or gone this moment
-        return os.getppid() == parent
 
 
 def lead(settings: FleetConfig, overrides: Sequence[str], arguments: Sequence[str], stopping: Callable[[], bool]) -> Outcome | None:
@@ -224,79 +204,3 @@ def reopen(folder: JobFolder, session: str | None = None) -> None:
     if (folder.failed.exists() or record["fruitless"]) and (session is None or record.get("reopened_in") != session):
         write_json_atomic(folder.attempts, {**record, "fruitless": 0, "reopened_in": session})
         folder.failed.unlink(missing_ok=True)
-
-
-def take_fleet_lock(settings: FleetConfig, held: ExitStack, stopping: Callable[[], bool]) -> None:
-    """Locks the output folder until ``held`` is closed. A leader of the same session that is being stopped is waited for.
-
-    Raises:
-        RunDirectoryBusy: another fleet has it, with its owner and start.
-    """
-    deadline = time.monotonic() + settings.grace_seconds + LOCK_SLACK_SECONDS
-    while True:
-        try:
-            held.enter_context(FolderLock(fleet_folder(settings.output_dir)))
-            return
-        except RunDirectoryBusy:
-            holder = FleetState(settings.output_dir).read() or {}
-            if holder.get("session") != session() or time.monotonic() > deadline or stopping():
-                raise
-
-
-def session() -> str:
-    """The same for all rounds of one torchrun, and for no other one."""
-    environment = os.environ
-    if "TORCHELASTIC_RUN_ID" not in environment:
-        return f"{socket.gethostname()}:{os.getpid()}"
-    name = environment["TORCHELASTIC_RUN_ID"]
-    return f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}" if name == "none" else name  # none: torchrun's default id
-
-
-def whose() -> dict[str, Any]:
-    return {"session": session(), "host": socket.gethostname(), "pid": os.getpid(), "slurm_job": os.environ.get("SLURM_JOB_ID")}
-
-
-def check_environment(settings: FleetConfig) -> None:
-    """That what all jobs need is there.
-
-    Raises:
-        OSError: naming the disk or the folder.
-    """
-    listing = Path(settings.dataset_root) / SUBSET_LIST_FILE
-    if not listing.is_file():
-        raise FileNotFoundError(errno.ENOENT, "no data set here: a wrong dataset_root, or a vanished mount", str(listing))
-    output = Path(settings.output_dir)
-    if not output.is_dir():
-        raise FileNotFoundError(errno.ENOENT, "the output folder has vanished", str(output))
-    free = shutil.disk_usage(output).free / 1e9
-    if free < settings.min_free_gb:
-        raise OSError(errno.ENOSPC, f"the disk is almost full: {free:.2f} GB free, min_free_gb={settings.min_free_gb:g}", str(output))
-
-
-def terms_of(settings: FleetConfig) -> Terms:
-    """How this worker runs jobs."""
-    rank, device = os.environ.get("RANK", "0"), device_of(settings.device, os.environ)
-    threads = settings.threads or max(1, (os.cpu_count() or 1) // (int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * settings.jobs_per_device))
-    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    environment = child.child_environment({**os.environ, "PYTHONPATH": path}, threads)
-
-    def start(job: Job, log: Path) -> child.Process:
-        return child.start([argument.replace("{device}", device) for argument in job.command], log, environment)
-
-    return Terms(
-        output_dir=Path(settings.output_dir),
-        worker=f"{rank}@{socket.gethostname()}",
-        device=device,
-        start=start,
-        max_attempts=settings.max_attempts,
-        gpu_share=1 / settings.jobs_per_device if device.startswith("cuda") else 0.0,
-        check=lambda: check_environment(settings),
-    )
-
-
-def device_of(setting: str, environment: Mapping[str, str]) -> str:
-    """``auto``: a GPU per worker of the node, or the CPU."""
-    if setting != "auto":
-        return setting
-    count = torch.cuda.device_count()
-    return f"cuda:{int(environment.get('LOCAL_RANK', 0)) % count}" if count else "cpu"
