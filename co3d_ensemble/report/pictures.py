@@ -42,8 +42,8 @@ def _palette(name: str) -> Tensor:
     return torch.from_numpy((colors * 255).round().astype(np.uint8))
 
 
-def _false_color(values: Tensor, palette: str) -> Tensor:
-    """Values in [0, 1], shape (H, W) -> uint8 (3, H, W)."""
+def false_color(values: Tensor, palette: str) -> Tensor:
+    """Values in [0, 1], shape (H, W), in the colours of one of matplotlib's maps: uint8 (3, H, W)."""
     index = (values.clamp(0, 1) * 255).round().long()
     return _palette(palette)[index].permute(2, 0, 1)
 
@@ -78,7 +78,7 @@ def depth_to_rgb(depth: Tensor, mask: Tensor | None = None) -> Tensor:
     near, far = np.quantile(depth[inside].numpy(), DEPTH_QUANTILES)
     span = far - near
     nearness = (far - depth) / span if span > 0 else torch.full_like(depth, 0.5)
-    colors = _false_color(nearness.nan_to_num(0.0, 0.0, 0.0), "turbo")
+    colors = false_color(nearness.nan_to_num(0.0, 0.0, 0.0), "turbo")
     return (colors * (opacity * surface)).round().to(torch.uint8)
 
 
@@ -92,7 +92,7 @@ def error_to_rgb(predicted: Tensor, target: Tensor, *, largest: float = ERROR_RA
         uint8, shape (3, H, W).
     """
     error = (predicted.detach().cpu().float() - target.detach().cpu().float()).abs().mean(dim=0)
-    return _false_color(error.nan_to_num(largest) / largest, "inferno")
+    return false_color(error.nan_to_num(largest) / largest, "inferno")
 
 
 def comparison_sheet(rows: Sequence[SheetRow]) -> Tensor:
@@ -125,7 +125,7 @@ def ensemble_sheet(members: Sequence[str], rows: Sequence[EnsembleRow]) -> Tenso
         caption, (_, target, *shown) = _row_cells(title, photograph, fused, gt_mask)
         finite = [psnr_masked(view.rgb, _unit(photograph), _unit(gt_mask)).item() for view in views]
         caption += f" (members {', '.join(f'{value:.1f}' for value in finite)})"
-        uncertain = _false_color(deviation.cpu()[0] / DISAGREEMENT_RANGE, "inferno")
+        uncertain = false_color(deviation.cpu()[0] / DISAGREEMENT_RANGE, "inferno")
         strips.append((caption, [target, *(_fit(to_uint8(view.rgb)) for view in views), *shown, _fit(uncertain)]))
     return _sheet(columns, strips)
 
