@@ -1,0 +1,217 @@
+"""One photograph and a trained run to a video, pictures and an exported multiplane image: what ``launch/render_mine.py`` does."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import MISSING
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from co3d_ensemble.config import setting
+from co3d_ensemble.files import write_json_atomic
+from co3d_ensemble.functional.mpi import MPIView
+from co3d_ensemble.functional.mpi_sampling import fixed_disparities
+from co3d_ensemble.mine.assembly import load_trained_mine
+from co3d_ensemble.mine.inference import (
+    PlaneStack,
+    enlarged,
+    predict_stack,
+    render_pose,
+    surface_disparities,
+    zoom_hiding_borders,
+)
+from co3d_ensemble.mine.mpi_export import write_mpi
+from co3d_ensemble.mine.photo import FITS, Photo, load_photo
+from co3d_ensemble.mine.trajectories import TRAJECTORIES, Pose, trajectory
+from co3d_ensemble.mine.video import QUALITIES, check_video, write_video
+from co3d_ensemble.rendering import resolve_device
+from co3d_ensemble.report.pictures import false_color, save_picture, to_uint8
+
+logger = logging.getLogger(__name__)
+
+NEAREST, MIDDLE, FARTHEST = 0.98, 0.5, 0.02  # quantiles of the disparities that are seen; a few stray pixels must not set the path
+LARGEST_AMPLITUDE = 0.25  # of the width: far beyond what one picture can show
+
+
+@dataclass
+class RenderConfig:
+    image: str = setting(MISSING, "the photograph: any size, EXIF orientation, transparency")
+    checkpoint: str = setting(MISSING, "run directory of launch/train_mine.py, or one of its checkpoints/*.pt")
+    output_dir: str = setting("outputs/renders", "files go to <output_dir>/<name of the photograph>")
+    fov: float | None = setting(None, "horizontal field of view of the photograph, degrees; null: EXIF's, or 60")
+    fit: str = setting("whole", "whole: all of the photograph, its aspect kept | crop: its centre | stretch: as the reference does")
+    background: float = setting(1.0, "grey value, 0 to 1, behind transparent pixels")
+    planes: int | None = setting(None, "number of planes; null: as in training; the same weights serve any number")
+    plane_chunk: int | None = setting(None, "planes decoded and warped at once, to fit a small card; null: all")
+    output_scale: float = setting(1.0, "size of the outputs in the network's; above 1 they take their detail from the photograph")
+    trajectory: str = setting("circle", "circle | line | spiral")
+    amplitude: float = setting(0.03, "how far the nearest surface moves at most, share of the picture's width")
+    look_at: str = setting("middle", "what stays in place: near | middle | far (the median surface is the middle) | parallel: no turning")
+    zoom: float | None = setting(None, "factor on the focal length of the views; null: as little as hides the picture's borders")
+    frames: int = setting(60, "pictures of the video")
+    fps: float = setting(30.0, "pictures per second")
+    quality: int = setting(8, "of the video, 1 to 10")
+    video: bool = setting(True, "write video.mp4")
+    depth_video: bool = setting(False, "write depth.mp4, the disparity in false colours")
+    export: bool = setting(True, "write the planes as PNGs and mpi/mpi.json")
+    device: str = setting("auto", "auto | cpu | cuda | cuda:N")
+
+    def __post_init__(self) -> None:
+        choices = {"fit": FITS, "trajectory": tuple(TRAJECTORIES), "look_at": ("near", "middle", "far", "parallel")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
+        ranges: dict[str, tuple[float, float]] = {
+            "fov": (1, 175),
+            "background": (0, 1),
+            "planes": (2, 1024),
+            "plane_chunk": (1, 1024),
+            "output_scale": (0.1, 8),
+            "amplitude": (0, LARGEST_AMPLITUDE),
+            "zoom": (0.5, 10),
+            "frames": (1, 100_000),
+            "fps": (1, 240),
+            "quality": QUALITIES,
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"{name}={value}: must lie in [{low:g}, {high:g}]")
+
+
+def render_photo(settings: RenderConfig) -> dict[str, Any]:
+    """Writes everything that ``settings`` asks for; returns what was done, as ``render.json`` has it.
+
+    Raises:
+        ValueError, FileNotFoundError: of the photograph or the checkpoint, naming it.
+        RuntimeError: a video is wanted and cannot be written.
+    """
+    if settings.video or settings.depth_video:
+        check_video()
+    device = resolve_device(settings.device)
+    image_path = Path(settings.image)
+    if not image_path.is_file():
+        raise FileNotFoundError(f"{image_path}: no such file")
+    network, run = load_trained_mine(settings.checkpoint, device)
+    photo = load_photo(
+        image_path, height=run.data.height, width=run.data.width, fov=settings.fov, fit=settings.fit, background=settings.background
+    )
+    count = settings.planes or run.model.n_planes
+    started = time.perf_counter()
+    disparity = fixed_disparities(count, run.model.near_disparity, run.model.far_disparity, batch=1, device=device)[0]
+    stack = predict_stack(
+        network,
+        photo.image.to(device),
+        photo.K.to(device),
+        disparity,
+        plane_chunk=settings.plane_chunk,
+        blend=run.model.blend_source,
+    )
+    stack = _at_output_size(stack, photo, image_path, settings)
+    seconds = {"planes": time.perf_counter() - started}
+
+    folder = Path(settings.output_dir) / image_path.stem
+    near, middle, far = surface_disparities(stack, (NEAREST, MIDDLE, FARTHEST))
+    files = [
+        save_picture(folder / "rgb.png", stack.view.rgb[0]),
+        save_picture(folder / "depth.png", disparity_picture(stack.view, near, far)),
+    ]
+    if settings.export:
+        suggested = {"near_disparity": near, "middle_disparity": middle, "far_disparity": far}
+        files.append(write_mpi(folder / "mpi", stack, seen=suggested))
+    path = _path(stack, settings, near=near, middle=middle, far=far)
+    zoom = settings.zoom or zoom_hiding_borders(path, stack.K, stack.size, (near, far))
+    if settings.video or settings.depth_video:
+        started = time.perf_counter()
+        files += _write_videos(folder, stack, path, zoom, (near, far), settings)
+        seconds["views"] = time.perf_counter() - started
+    height, width = stack.size
+    report = {
+        "image": str(image_path),
+        "checkpoint": str(settings.checkpoint),
+        "fov_degrees": photo.fov,
+        "fov_from": photo.fov_source,
+        "photograph": {"width": photo.original_size[1], "height": photo.original_size[0]},
+        "width": width,
+        "height": height,
+        "planes": count,
+        "zoom": zoom,
+        "disparity_seen": {"near": near, "middle": middle, "far": far},
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "files": [str(file.relative_to(folder)) for file in files],
+    }
+    write_json_atomic(folder / "render.json", report)
+    return {**report, "folder": str(folder)}
+
+
+def disparity_picture(view: MPIView, near: float, far: float) -> Tensor:
+    """A view's disparity in false colours, ``near`` red and ``far`` blue, black where there is no surface: uint8 (3, H, W)."""
+    disparity, alpha = view.disparity[0, 0], view.alpha[0, 0]
+    span = near - far
+    nearness = (disparity - far) / span if span > 0 else torch.full_like(disparity, 0.5)
+    colors = false_color(nearness.cpu(), "turbo").float()
+    return (colors * (alpha * (disparity > 0)).clamp(0, 1).cpu()).round().to(torch.uint8)
+
+
+def _at_output_size(stack: PlaneStack, photo: Photo, path: Path, settings: RenderConfig) -> PlaneStack:
+    """The stack at ``output_scale`` times its size; enlarged, it takes its detail from the photograph, as far as that has it."""
+    if settings.output_scale == 1:
+        return stack
+    height, width = (max(16, 2 * round(side * settings.output_scale / 2)) for side in stack.size)
+    if settings.output_scale > 1:
+        # the same part of the photograph: of the whole one the aspect is kept to the network's rounding, so it is stretched to it
+        fit = "crop" if settings.fit == "crop" else "stretch"
+        image = load_photo(path, height=height, width=width, fov=photo.fov, fit=fit, background=settings.background).image
+    else:
+        image = F.interpolate(photo.image[None], (height, width), mode="area")[0]
+    return enlarged(stack, image.to(stack.rgb.device))
+
+
+def _path(stack: PlaneStack, settings: RenderConfig, *, near: float, middle: float, far: float) -> list[Pose]:
+    focus = {"near": near, "middle": middle, "far": far, "parallel": 0.0}[settings.look_at]
+    return trajectory(
+        settings.trajectory,
+        settings.frames,
+        focal=stack.K[0, 0].item(),
+        width=stack.size[1],
+        near=near,
+        focus=focus,
+        amplitude=settings.amplitude,
+    )
+
+
+def _write_videos(
+    folder: Path, stack: PlaneStack, path: list[Pose], zoom: float, span: tuple[float, float], settings: RenderConfig
+) -> list[Path]:
+    """The videos that are asked for, each view rendered once."""
+    size = tuple(side - side % 2 for side in stack.size)  # a video's sides are even
+    K = stack.K.clone()
+    K[0, 0], K[1, 1] = zoom * K[0, 0], zoom * K[1, 1]
+    K[0, 2], K[1, 2] = K[0, 2] - (stack.size[1] - size[1]) / 2, K[1, 2] - (stack.size[0] - size[0]) / 2
+    depths: list[Tensor] = []
+
+    def pictures() -> Any:
+        for pose in tqdm(path, desc="views", disable=None):
+            view = render_pose(stack, pose, K=K, size=size, plane_chunk=settings.plane_chunk)
+            if settings.depth_video:
+                depths.append(disparity_picture(view, *span))
+            yield to_uint8(view.rgb[0])
+
+    files = []
+    if settings.video:
+        write_video(folder / "video.mp4", pictures(), fps=settings.fps, quality=settings.quality)
+        files.append(folder / "video.mp4")
+    elif settings.depth_video:
+        for _ in pictures():
+            pass
+    if settings.depth_video:
+        write_video(folder / "depth.mp4", depths, fps=settings.fps, quality=settings.quality)
+        files.append(folder / "depth.mp4")
+    return files
