@@ -209,6 +209,7 @@ class TrainingConfig(LoopConfig):
 @dataclass
 class RenderingConfig:
     chunk_rays: int = setting(16_384, "rays rendered at once")
+    all_targets: bool = setting(False, "after training also render every target at its original size, as an export needs it")
 
 
 @dataclass
@@ -278,6 +279,7 @@ FREE_KEYS = (
     "training.progress",
     "training.budget_minutes",
     "rendering.chunk_rays",
+    "rendering.all_targets",
 )
 
 _CHOICES = {

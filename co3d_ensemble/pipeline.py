@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from co3d_ensemble.assembly import load_frame, load_scene, make_task, model_of_state
 from co3d_ensemble.challenge.lpips import load_lpips, lpips_masked
+from co3d_ensemble.data.audit import camera_faults
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
 from co3d_ensemble.files import remove_temporaries, write_json_atomic
 from co3d_ensemble.functional.types import Frame, PinholeCamera, RenderedView
@@ -95,6 +96,7 @@ def load_trained(run: RunDirectory, device: torch.device) -> tuple[ObjectModel |
 def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result: TrainingResult) -> dict[str, Any]:
     """Scores the best checkpoint on the targets with ground truth, at the run's resolution: ``results.json``, ``targets.png``.
 
+    With ``rendering.all_targets`` also renders every target at its original size, for exports to find.
     What cannot be computed is null with its reason under ``reasons``. ``depth_abs_fg`` is in world units (``depth_units``:
     "world"), as Implicitron loads depth: the PNG's values times the annotation's ``scale_adjustment``. The archive's
     ``results.json`` has it in the PNG's own units, as the challenge's evaluation does: the two agree only where that factor is 1.
@@ -119,6 +121,10 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
     if rows:
         save_picture(run.path / "targets.png", comparison_sheet(rows))
     _plot_run(run)
+    if config.rendering.all_targets:
+        for record in subset.targets:
+            if not camera_faults(record):  # the export names those
+                renders.view(record)
     write_json_atomic(run.results_path, results)
     logger.info("%s: %s", run.path, ", ".join(f"{name} {value:.3f}" for name, value in results["metrics"].items() if value is not None))
     return results

@@ -592,3 +592,9 @@ def test_the_published_experiment_has_the_recipe_s_figures():
     assert (nerf.n_layers, nerf.n_hidden, list(nerf.skip_layers), nerf.n_hidden_color) == (8, 256, [5], 128)
     assert (nerf.n_harmonics_xyz, nerf.n_harmonics_dir) == (10, 4) and not model.coarse_overrides
     assert config.data.longest_side is None
+
+
+def test_a_fleet_s_jobs_leave_all_targets_at_their_original_size_also_those_that_nobody_can_score(root, tmp_path):
+    assert train(root, tmp_path, subset_name=TEST, rendering__all_targets="true", data__longest_side=16) == 0
+    targets = {f"{record.sequence_name}_{record.frame_number}.npz" for record in CO3DIndex(root).subset("mug", TEST).targets}
+    assert {path.name for path in (run_of(tmp_path, subset_name=TEST) / "renders").glob("*.npz")} == targets

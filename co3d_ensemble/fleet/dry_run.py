@@ -14,8 +14,9 @@ from tqdm import tqdm
 
 from co3d_ensemble.fleet.checks import Pair, Report, check_all
 from co3d_ensemble.fleet.disk import JobFolder
-from co3d_ensemble.fleet.environment import check_environment
+from co3d_ensemble.fleet.environment import check_environment, job_environment
 from co3d_ensemble.fleet.plan import Plan, make_plan
+from co3d_ensemble.fleet.probe import probe_models
 from co3d_ensemble.fleet.run import JOBS_FAILED
 from co3d_ensemble.fleet.settings import FleetConfig
 from co3d_ensemble.fleet.status import duration, packed
@@ -47,7 +48,9 @@ def dry_run(settings: FleetConfig, overrides: Sequence[str]) -> int:
             workers=settings.audit_workers,
             progress=lambda done: bar.update(done - bar.n),
         )
-    for line in [*told_jobs(settings, plan), *told_disk(settings, plan, reports), *told_hours(plan), *told_findings(settings, reports)]:
+    for line in [*told_jobs(settings, plan), *told_disk(settings, plan, reports), *told_findings(settings, reports)]:
+        print(line)
+    for line in told_hours(settings, plan, reports):
         print(line)
     return JOBS_FAILED if any(report["errors"] for report in reports.values()) else 0
 
@@ -79,12 +82,32 @@ def checkpoint_bytes(config: DictConfig) -> float:
     return 4.0 * STATES_ON_DISK * 3 * components * config.model.grid.final_resolution**2
 
 
-def told_hours(plan: Plan) -> list[str]:
-    known = [job.expected_seconds for job in plan.jobs]
-    if None in known:
-        return ["expected hours: unknown (nothing is finished in output_dir yet that could tell)"]
-    spans = ", ".join(f"{packed(known, workers) / 3600:.2f} with {workers}" for workers in WORKERS)
-    return [f"expected hours: {sum(known) / 3600:.2f} in all; {spans} jobs at once; from finished jobs in output_dir"]
+def told_hours(settings: FleetConfig, plan: Plan, reports: Mapping[Pair, Report]) -> list[str]:
+    """From finished jobs, or else from a probe of each model on the first subset that can be trained."""
+    lengths = {job.name: job.expected_seconds for job in plan.jobs}
+    if None not in lengths.values():
+        return [f"expected hours: {packed_hours(list(lengths.values()))}; from finished jobs in output_dir"]
+    if not settings.probe_seconds:
+        return ["expected hours: unknown (nothing is finished in output_dir yet that could tell; probe_seconds=10 times a few steps)"]
+    good = [pair for pair, report in reports.items() if not report["errors"]]
+    if not good:
+        return ["expected hours: unknown (no subset can be trained)"]
+    costs = probe_models(settings, plan, *good[0], environment=job_environment(settings))
+    failed = [f"expected hours: unknown ({model} cannot be probed: {why})" for model, why in costs.items() if isinstance(why, str)]
+    if failed:
+        return failed
+    for job in plan.jobs:
+        category, subset, model = job.name.split("/")
+        report = reports[category, subset]
+        if lengths[job.name] is None:
+            lengths[job.name] = costs[model].job_seconds(frames=report["known"], pixels=report["pixels"])
+    each = ", ".join(f"{model} {duration(cost.loop_seconds)} of training" for model, cost in costs.items())
+    return [f"expected hours: {packed_hours(list(lengths.values()))}; from a probe on {'/'.join(good[0])}: {each}"]
+
+
+def packed_hours(seconds: Sequence[float]) -> str:
+    spans = ", ".join(f"{packed(seconds, workers) / 3600:.2f} with {workers}" for workers in WORKERS)
+    return f"{sum(seconds) / 3600:.2f} in all; {spans} jobs at once"
 
 
 def told_findings(settings: FleetConfig, reports: Mapping[Pair, Report]) -> list[str]:

@@ -40,9 +40,7 @@ def check_environment(settings: FleetConfig) -> None:
 def terms_of(settings: FleetConfig) -> Terms:
     """How this worker runs jobs."""
     rank, device = os.environ.get("RANK", "0"), device_of(settings.device, os.environ)
-    threads = settings.threads or max(1, (os.cpu_count() or 1) // (int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * settings.jobs_per_device))
-    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    environment = child.child_environment({**os.environ, "PYTHONPATH": path}, threads)
+    environment = job_environment(settings)
 
     def start(job: Job, log: Path) -> child.Process:
         return child.start([argument.replace("{device}", device) for argument in job.command], log, environment)
@@ -56,6 +54,13 @@ def terms_of(settings: FleetConfig) -> Terms:
         gpu_share=1 / settings.jobs_per_device if device.startswith("cuda") else 0.0,
         check=lambda: check_environment(settings),
     )
+
+
+def job_environment(settings: FleetConfig) -> dict[str, str]:
+    """Of a child process: this worker's share of the threads, and this checkout's package."""
+    threads = settings.threads or max(1, (os.cpu_count() or 1) // (int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * settings.jobs_per_device))
+    path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    return child.child_environment({**os.environ, "PYTHONPATH": path}, threads)
 
 
 def device_of(setting: str, environment: Mapping[str, str]) -> str:

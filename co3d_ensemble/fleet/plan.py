@@ -125,6 +125,7 @@ def command_of(settings: FleetConfig, overrides: Sequence[str], category: str, s
         *(f"{key}={quoted(value)}" for key, value in place.items()),
         "device={device}",
         "training.progress=false",
+        "rendering.all_targets=true",  # or the last step would render everything on one device
     )
 
 

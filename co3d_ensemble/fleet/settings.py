@@ -31,6 +31,7 @@ class FleetConfig:
     join_seconds: float = setting(300.0, "how long a worker waits for its round's first worker")
     min_free_gb: float = setting(1.0, "less free space in output_dir stops the fleet instead of failing its jobs")
     dry_run: bool = setting(False, "print jobs, order, disk needs and expected hours, and check the data; start nothing")
+    probe_seconds: float = setting(0.0, "how long the dry run times steps of each model on one subset, for the expected hours; 0: not")
     audit: str = setting("headers", "of the dry run: headers | full (decodes every picture)")
     audit_workers: int | None = setting(None, "processes of the dry run's checks; null: one per core")
     finish_only: bool = setting(False, "do the last step alone: render what is missing, fuse, score, export, summarise")
@@ -46,7 +47,7 @@ class FleetConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value}: must be positive")
-        for name in ("grace_seconds", "min_free_gb"):
+        for name in ("grace_seconds", "min_free_gb", "probe_seconds"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if self.audit not in AUDITS:
