@@ -1,11 +1,14 @@
-"""One picture with its camera, and how two of one scene make a pair."""
+"""One picture with its camera, how two of one scene make a pair, and what data sets of such pairs share."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from co3d_ensemble.functional.cameras import relative_pose
 from co3d_ensemble.mine.pairs import Pair
@@ -73,3 +76,54 @@ def visible_points(xyz: Tensor, K: Tensor, *, height: int, width: int) -> Tensor
     x, y = projected[:, 0] / z, projected[:, 1] / z
     inside = (z > 0) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
     return torch.stack((x, y, z), dim=1)[inside].float()
+
+
+class ViewPairs(Dataset[Pair]):
+    """What the data sets of photographs share: an item is a source view and one of its possible targets.
+
+    Subclasses fill nothing in here; they say which views belong together (:meth:`choices`) and load them (:meth:`load`).
+
+    Args:
+        n_points: sparse points per picture, 0: none.
+        random_target: draw the target from torch's default generator; False: always the first choice.
+        cache_megabytes: loaded views that are kept, the least recently used leave first.
+    """
+
+    def __init__(self, *, n_points: int, random_target: bool, cache_megabytes: float) -> None:
+        self.n_points, self.random_target = n_points, random_target
+        self._cache: OrderedDict[Hashable, View] = OrderedDict()
+        self._cache_bytes, self._cache_limit = 0, cache_megabytes * 2**20
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def choices(self, index: int) -> tuple[Hashable, Sequence[Hashable]]:
+        """Keys of the source of item ``index`` and of its targets, at least one, the most natural first."""
+        raise NotImplementedError
+
+    def load(self, key: Hashable) -> View:
+        raise NotImplementedError
+
+    def __getitem__(self, index: int) -> Pair:
+        if not 0 <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        source, targets = self.choices(index)
+        chosen = int(torch.randint(len(targets), ())) if self.random_target else 0
+        return make_pair(self.view(source), self.view(targets[chosen]), n_points=self.n_points)
+
+    def view(self, key: Hashable) -> View:
+        """A view, from the cache where it is there."""
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        view = self.load(key)
+        self._cache[key] = view
+        self._cache_bytes += _bytes(view)
+        while self._cache_bytes > self._cache_limit:
+            self._cache_bytes -= _bytes(self._cache.popitem(last=False)[1])
+        return view
+
+
+def _bytes(view: View) -> int:
+    tensors = (view.picture, view.points, view.depth, view.mask)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)

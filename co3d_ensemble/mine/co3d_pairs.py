@@ -1,0 +1,186 @@
+"""Pairs of neighbouring frames of CO3Dv2 sequences, with masks, and sparse points where the root has depth or point clouds."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from co3d_ensemble.data.audit import audit_subset, usable_frames
+from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord
+from co3d_ensemble.functional.cameras import opencv_from_pinhole, pixel_centers
+from co3d_ensemble.mine.pictures import check_settings, fit_size, picture_size, read_picture
+from co3d_ensemble.mine.point_cloud import read_ply_points, seen_points
+from co3d_ensemble.mine.views import View, ViewPairs
+
+SPLITS = ("train", "val")
+POINTS = ("auto", "depth", "cloud")
+SEQUENCE_ANNOTATIONS_FILE = "sequence_annotations.jgz"
+MIN_FRAMES = 2
+
+
+class CO3DPairs(ViewPairs):
+    """Frames of a CO3Dv2 root that lie at most ``max_frame_distance`` frame numbers apart in one sequence.
+
+    In ``train`` source and target are known frames. In ``val`` the source is a val frame, which training never shows to the
+    network, and the target any known or val frame near it. Targets of the challenge are left alone. Broken frames are
+    dropped with a warning that names the file (``data/audit.py``).
+
+    Pictures, masks and depth are read straight from the index's records: Implicitron's dataset classes, which
+    ``plugin/frames.py`` goes through, parse a category's annotations once more for every subset and keep only two of them,
+    too slow for pairs from many. A test holds both ways against each other.
+
+    Args:
+        root: CO3Dv2 root folder.
+        subsets: ``category/subset_name``, as in ``cape/manyview_dev_0``; None: all of the root.
+        split: ``train`` | ``val``.
+        height, width: picture size in pixels; ``fit``: ``crop`` to its shape or ``stretch``.
+        points: where sparse points come from: ``depth`` maps, the sequence's point ``cloud`` (points behind others are left
+            out), or ``auto``: depth, else cloud, else none.
+        check: ``headers`` | ``decode``: how far the audit of the files goes.
+
+    Raises:
+        ValueError: naming the setting, or the file and what is wrong with it.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        subsets: Sequence[str] | None = None,
+        *,
+        split: str = "train",
+        height: int,
+        width: int,
+        fit: str = "crop",
+        max_frame_distance: int = 5,
+        n_points: int = 256,
+        points: str = "auto",
+        random_target: bool = True,
+        check: str = "headers",
+        cache_megabytes: float = 512,
+    ) -> None:
+        super().__init__(n_points=n_points, random_target=random_target, cache_megabytes=cache_megabytes)
+        check_settings(height=height, width=width, fit=fit, check=check, n_points=n_points)
+        if max_frame_distance < 1:
+            raise ValueError(f"max_frame_distance={max_frame_distance}: must be at least 1")
+        for name, value, allowed in (("split", split, SPLITS), ("points", points, POINTS)):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+        self.height, self.width, self.fit, self.points = height, width, fit, points
+        self.root, self._index = Path(root), CO3DIndex(root)
+        self._clouds: dict[str, dict[str, str | None]] = {}
+        self._cloud_points: dict[Path, Tensor] = {}
+        self._pairs: list[tuple[FrameRecord, tuple[FrameRecord, ...]]] = []
+        for category, name in self._chosen(subsets):
+            subset = self._index.subset(category, name)
+            subset = usable_frames(subset, audit_subset(self._index, subset, decode=check == "decode"), min_known_frames=MIN_FRAMES)
+            sources = subset.known if split == "train" else subset.val
+            self._pairs += _neighbours(sources, subset.known if split == "train" else subset.known + subset.val, max_frame_distance)
+        if not self._pairs:
+            raise ValueError(f"{self.root}: no two {split} frames within max_frame_distance={max_frame_distance} of each other")
+        if n_points and points != "auto":
+            self._require_points()
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def choices(self, index: int) -> tuple[Hashable, Sequence[Hashable]]:
+        return self._pairs[index]
+
+    def load(self, key: FrameRecord) -> View:  # type: ignore[override]
+        image = read_picture(key.image_path)
+        fit = fit_size((key.height, key.width), height=self.height, width=self.width, mode=self.fit)
+        K, R, t = opencv_from_pinhole(key.camera())
+        K = fit.intrinsics(K.double())
+        mask = fit.picture(read_picture(key.mask_path, "L")) if key.mask_path else None
+        depth = fit.nearest(read_depth(key)) if key.depth_path and key.depth_path.is_file() else None
+        points = self._points(key, K, R.double(), t.double(), depth)
+        name = f"{key.category}/{key.sequence_name}"
+        return View(name, str(key.frame_number), fit.picture(image), K, R.double(), t.double(), points=points, depth=depth, mask=mask)
+
+    def _chosen(self, subsets: Sequence[str] | None) -> list[tuple[str, str]]:
+        if subsets is None:
+            return [(category, name) for category in self._index.categories() for name in self._index.subsets(category)]
+        if isinstance(subsets, str) or any(entry.count("/") != 1 for entry in subsets):
+            raise ValueError(f"subsets={subsets!r}: expected a list such as ['cape/manyview_dev_0']")
+        return [tuple(entry.split("/")) for entry in subsets]  # type: ignore[misc]
+
+    def _require_points(self) -> None:
+        for record in {record for source, targets in self._pairs for record in (source, *targets)}:
+            if self.points == "depth" and not (record.depth_path and record.depth_path.is_file()):
+                raise ValueError(f"points='depth': frame {record.name} has no depth map; picture {record.image_path}")
+            if self.points == "cloud" and self._cloud_path(record) is None:
+                raise ValueError(f"points='cloud': sequence {record.sequence_name} of {record.category} has no point cloud")
+
+    def _points(self, record: FrameRecord, K: Tensor, R: Tensor, t: Tensor, depth: Tensor | None) -> Tensor | None:
+        if self.n_points == 0:
+            return None
+        if depth is not None and self.points != "cloud":
+            known = depth.flatten() > 0
+            return torch.cat((pixel_centers(self.height, self.width), depth.reshape(-1, 1)), dim=1)[known]
+        path = self._cloud_path(record) if self.points != "depth" else None
+        if path is None:
+            return None
+        if path not in self._cloud_points:
+            self._cloud_points[path] = read_ply_points(path)
+        return seen_points(self._cloud_points[path] @ R.T + t, K, height=self.height, width=self.width)
+
+    def _cloud_path(self, record: FrameRecord) -> Path | None:
+        if record.category not in self._clouds:
+            self._clouds[record.category] = _point_clouds(self.root / record.category / SEQUENCE_ANNOTATIONS_FILE)
+        path = self._clouds[record.category].get(record.sequence_name)
+        return self.root / path if path else None
+
+
+def read_depth(record: FrameRecord) -> Tensor:
+    """z in world units, 0 where the depth map or its mask says unknown, float32, shape (1, H, W).
+
+    CO3D's depth PNGs hold the bits of float16 numbers in 16-bit gray, to be multiplied by the scale adjustment.
+    """
+    path = record.depth_path
+    picture_size(path)  # names the file
+    bits = np.asarray(read_picture(path, "I")).astype(np.uint16)
+    depth = torch.from_numpy(bits.view(np.float16).astype(np.float32)) * record.depth_scale_adjustment
+    depth = torch.where(torch.isfinite(depth) & (depth > 0), depth, 0.0)[None]
+    if record.depth_mask_path is not None and record.depth_mask_path.is_file():
+        valid = torch.from_numpy(np.asarray(read_picture(record.depth_mask_path, "I")).astype(np.int64))[None]
+        if valid.shape != depth.shape:
+            raise ValueError(f"{record.depth_mask_path}: {tuple(valid.shape[1:])} pixels, its depth map has {tuple(depth.shape[1:])}")
+        depth = depth * (valid > 0)
+    if depth.shape[1:] != (record.height, record.width):
+        raise ValueError(f"{path}: {tuple(depth.shape[1:])} pixels (height, width), annotated as {(record.height, record.width)}")
+    return depth
+
+
+def _neighbours(
+    sources: Sequence[FrameRecord], targets: Sequence[FrameRecord], max_distance: int
+) -> list[tuple[FrameRecord, tuple[FrameRecord, ...]]]:
+    """Every source that has targets, with them, the nearest frame number first."""
+    by_sequence: dict[str, dict[int, FrameRecord]] = {}
+    for record in targets:
+        by_sequence.setdefault(record.sequence_name, {})[record.frame_number] = record
+    pairs = []
+    for source in sources:
+        frames = by_sequence.get(source.sequence_name, {})
+        offsets = [sign * step for step in range(1, max_distance + 1) for sign in (1, -1)]
+        near = tuple(frames[source.frame_number + offset] for offset in offsets if source.frame_number + offset in frames)
+        if near:
+            pairs.append((source, near))
+    return pairs
+
+
+def _point_clouds(path: Path) -> dict[str, str | None]:
+    """Path of each sequence's point cloud, relative to the root; empty where there are no sequence annotations."""
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(gzip.decompress(path.read_bytes()))
+        return {entry["sequence_name"]: (entry.get("point_cloud") or {}).get("path") for entry in entries}
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read: {error!r}") from error

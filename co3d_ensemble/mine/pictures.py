@@ -1,0 +1,160 @@
+"""Picture files to tensors of the data set's size: strict reading, and a fit that takes the intrinsics along."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from co3d_ensemble.data.audit import DECODE_ERRORS, MAX_ROTATION_ERROR
+
+FITS = ("stretch", "crop")
+CHECKS = ("headers", "decode", "none")
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
+END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+MIN_SIDE = 8  # pixels
+SIZE_TOLERANCE = 1.01  # pixels by which a reduced picture's side may differ from its camera's, as programs round
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a picture of one size becomes one of another: the part ``box`` of it, resampled to ``height x width``.
+
+    Attributes:
+        box: left, top, right, bottom in pixels of the original, not necessarily whole.
+    """
+
+    box: tuple[float, float, float, float]
+    height: int
+    width: int
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Pixels of the result per pixel of the original, across and down."""
+        left, top, right, bottom = self.box
+        return self.width / (right - left), self.height / (bottom - top)
+
+    def intrinsics(self, K: Tensor) -> Tensor:
+        """K (3, 3) of the original to K of the result: the origin moves to the box's corner, then pixels scale."""
+        left, top, _, _ = self.box
+        across, down = self.scale
+        change = K.new_tensor([[across, 0, -left * across], [0, down, -top * down], [0, 0, 1]])
+        return change @ K
+
+    def picture(self, image: Image.Image) -> Tensor:
+        """Colour in [0, 1], float32, (3, H, W) (one channel for modes L and F), low-passed where it shrinks."""
+        resized = image.resize((self.width, self.height), Image.Resampling.BICUBIC, box=self.box)
+        return to_tensor(resized)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """``values`` (..., H0, W0) at the pixels that hold the result's pixel centres: for depth, which has no mean."""
+        left, top, _, _ = self.box
+        across, down = self.scale
+        columns = (left + (torch.arange(self.width) + 0.5) / across).long().clamp(0, values.shape[-1] - 1)
+        rows = (top + (torch.arange(self.height) + 0.5) / down).long().clamp(0, values.shape[-2] - 1)
+        return values[..., rows[:, None], columns]
+
+
+def fit_size(size: tuple[int, int], *, height: int, width: int, mode: str = "stretch") -> Fit:
+    """The fit of a picture of ``size`` (height, width): all of it stretched, or the largest centred part of the new shape."""
+    old_height, old_width = size
+    if mode == "stretch":
+        return Fit((0.0, 0.0, float(old_width), float(old_height)), height, width)
+    taken = min(old_width / width, old_height / height)
+    x, y = (old_width - taken * width) / 2, (old_height - taken * height) / 2
+    return Fit((x, y, x + taken * width, y + taken * height), height, width)
+
+
+def check_settings(*, height: int, width: int, fit: str, check: str = "headers", n_points: int = 0) -> None:
+    """ValueError with the setting's name for what all data sets of photographs share."""
+    for name, value, low in (("height", height, MIN_SIDE), ("width", width, MIN_SIDE), ("n_points", n_points, 0)):
+        if value < low:
+            raise ValueError(f"{name}={value}: must be at least {low}")
+    for name, value, allowed in (("fit", fit, FITS), ("check", check, CHECKS)):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    values = np.asarray(image)
+    values = values[..., None] if values.ndim == 2 else values
+    scaled = torch.from_numpy(values.astype(np.float32)).permute(2, 0, 1)
+    return (scaled if image.mode == "F" else scaled / 255).contiguous()
+
+
+def read_picture(path: Path, mode: str = "RGB") -> Image.Image:
+    """The whole picture, or ValueError with the path: damaged, cut short, or no picture; FileNotFoundError: not there."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as picture:
+            picture.load()
+            # libjpeg invents the rest of a picture whose tail is missing or zero: without its end marker it is cut short
+            if END_MARKERS.get(picture.format or "", b"") not in data:
+                raise OSError(f"{picture.format} without end marker")
+            return picture.convert(mode)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing") from error
+    except DECODE_ERRORS as error:
+        raise ValueError(f"{path}: unreadable or truncated picture: {error}") from error
+
+
+def picture_size(path: Path, check: str = "headers") -> tuple[int, int]:
+    """(height, width) from the header, or with ``check="decode"`` after reading all of it; errors as :func:`read_picture`."""
+    if check == "decode":
+        width, height = read_picture(path).size
+        return height, width
+    try:
+        with Image.open(path) as picture:
+            return picture.height, picture.width
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing") from error
+    except DECODE_ERRORS as error:
+        raise ValueError(f"{path}: not a picture: {error}") from error
+
+
+def check_size(path: Path, size: tuple[int, int], expected: tuple[int, int], source: Path | str) -> None:
+    """ValueError unless the picture has exactly the (height, width) that ``source``, its calibration, gives."""
+    if size != expected:
+        raise ValueError(f"{path}: picture is {size[1]}x{size[0]} (width x height), {source} says {expected[1]}x{expected[0]}")
+
+
+def existing_folder(path: Path, what: str) -> Path:
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is missing: expected the folder of {what}")
+    return path
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Picture files of a folder, sorted by name."""
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+
+
+def numbers(words: Sequence[str], where: str) -> list[float]:
+    """Finite floats, or ValueError with ``where`` (file and line) and the word that is none."""
+    values = []
+    for word in words:
+        try:
+            value = float(word)
+        except ValueError:
+            value = float("nan")
+        if not np.isfinite(value):
+            raise ValueError(f"{where}: {word!r} is not a finite number")
+        values.append(value)
+    return values
+
+
+def check_rotation(R: Any, where: str) -> None:
+    """ValueError with ``where`` unless R (3, 3) is a rotation within ``MAX_ROTATION_ERROR``."""
+    R = np.asarray(R, dtype=np.float64)
+    if not np.isfinite(R).all():
+        raise ValueError(f"{where}: no rotation: {R.tolist()}")
+    error, determinant = np.abs(R @ R.T - np.eye(3)).max(), np.linalg.det(R)
+    if error > MAX_ROTATION_ERROR or determinant < 0:
+        raise ValueError(f"{where}: no rotation: |R R^T - I| {error:.2g}, det {determinant:.2g}")
