@@ -119,6 +119,7 @@ def render_photo(settings: RenderConfig) -> dict[str, Any]:
 
     folder = Path(settings.output_dir) / image_path.stem
     near, middle, far = surface_disparities(stack, (NEAREST, MIDDLE, FARTHEST))
+    extremes = surface_disparities(stack, (1.0, 0.0))  # no border shows, also not behind those few pixels
     files = [
         save_picture(folder / "rgb.png", stack.view.rgb[0]),
         save_picture(folder / "depth.png", disparity_picture(stack.view, near, far)),
@@ -127,7 +128,7 @@ def render_photo(settings: RenderConfig) -> dict[str, Any]:
         suggested = {"near_disparity": near, "middle_disparity": middle, "far_disparity": far}
         files.append(write_mpi(folder / "mpi", stack, seen=suggested))
     path = _path(stack, settings, near=near, middle=middle, far=far)
-    zoom = settings.zoom or zoom_hiding_borders(path, stack.K, stack.size, (near, far))
+    zoom = settings.zoom or zoom_hiding_borders(path, stack.K, stack.size, extremes)
     if settings.video or settings.depth_video:
         started = time.perf_counter()
         files += _write_videos(folder, stack, path, zoom, (near, far), settings)
