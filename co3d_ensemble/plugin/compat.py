@@ -17,11 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-_TORCHVISION_SCHEMAS = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
-_kept_alive: list[torch.library.Library] = []  # a schema disappears with its Library object
+from co3d_ensemble.fields.torchvision_import import import_torchvision
 
 
 class MissingCompiledOp(RuntimeError):
@@ -105,24 +101,6 @@ class _StandIn(types.ModuleType):
         return missing
 
 
-def _define_torchvision_schemas() -> None:
-    """A torchvision built for another torch cannot load its own ops and fails on import; naming two schemas avoids it."""
-    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        for name in [m for m in sys.modules if m == "torchvision" or m.startswith("torchvision.")]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for schema in _TORCHVISION_SCHEMAS:
-            library.define(schema)
-        _kept_alive.append(library)
-        importlib.import_module("torchvision")
-
-
 def install() -> bool:
     """Prepares the process for ``import pytorch3d``; idempotent.
 
@@ -136,7 +114,7 @@ def install() -> bool:
         return True
     if importlib.util.find_spec("pytorch3d") is None:
         raise ModuleNotFoundError("pytorch3d is not installed: run `make env`, or install a compiled PyTorch3D (0.7.4 or newer)")
-    _define_torchvision_schemas()
+    import_torchvision()  # PyTorch3D imports it
     package = importlib.import_module("pytorch3d")
     try:
         importlib.import_module("pytorch3d._C")
