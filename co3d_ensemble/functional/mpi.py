@@ -191,8 +191,8 @@ def render_target_view(
         dtype=working_dtype(rgb),
     )
     render = render_planes if checkpoint else render_planes_stored
-    image, z, alpha, count = render(rgb, sigma, hits, mode=mode, chunk=plane_chunk)
-    return _view(image, z, alpha, valid=count >= min(VALID_PLANES, depth.shape[1]))
+    image, along, passing, count = render(rgb, sigma, hits, mode=mode, chunk=plane_chunk)
+    return _view(image, along * hits.advance, 1 - passing, valid=count >= min(VALID_PLANES, depth.shape[1]))
 
 
 def working_dtype(planes: Tensor) -> torch.dtype:

@@ -14,15 +14,17 @@ In what follows ``r = K_t^-1 q`` is the ray of target pixel q, ``u = R^T r`` the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from co3d_ensemble.functional.cameras import inverse_intrinsics
 
 LAST_DISTANCE = 1e3  # what the last plane reaches, as in the reference: any density there is almost opaque
 GRAZING = 1e-6  # rays that rise less than this per unit length towards the planes never meet them inside a picture
+NOWHERE = 1e18  # a position outside every picture, also after the smallest scale (1e-16) and in float32; not infinite: 0 * inf is NaN
 
 
 def plane_homographies(K_source: Tensor, K_target: Tensor, R: Tensor, t: Tensor, depth: Tensor) -> Tensor:
@@ -70,13 +72,15 @@ class PlaneHits:
 
     Attributes:
         positions: in the source picture, of the plane at infinity, as ``grid_sample`` takes them (-1 and 1 are the outer
-            edges of the picture), x before y, shape (B, 2, h, w).
-        scale, shift: plane i is met at ``scale_i * positions + shift_i``; shapes (B, N) and (B, N, 2).
-        advance: z_target per unit of the source's z, ``1 / u_z``, shape (B, 1, h, w); 0 where the ray does not run with
-            the planes and so meets none (they have a front side only).
-        length: length of the ray per unit of the source's z, ``|r| / u_z``, shape (B, 1, h, w); 0 where advance is.
+            edges of the picture), x before y, shape (B, 2, h, w); ``NOWHERE`` where the ray does not run with the planes
+            and so meets none (they have a front side only).
+        scale, shift: plane i is met at ``scale_i * positions + shift_i``; shapes (B, N) and (B, N, 2). A plane that is not
+            in front of the target camera is met ``NOWHERE``.
+        advance: z_target per unit of the source's z, ``1 / u_z``, shape (B, 1, h, w).
+        length: length of the ray per unit of the source's z, ``|r| / u_z``, shape (B, 1, h, w).
         ahead: ``z_i - o_z``, how far plane i is in front of the target camera in the source's z, shape (B, N).
-        spacing: ``z_{i+1} - z_i``, shape (B, N - 1).
+        spacing, rest: from plane i its density reaches ``spacing_i * length + rest_i`` along the ray: the spacing is
+            ``z_{i+1} - z_i`` and the rest 0, but for the last plane 0 and ``LAST_DISTANCE``; shapes (B, N).
     """
 
     positions: Tensor
@@ -86,6 +90,7 @@ class PlaneHits:
     length: Tensor
     ahead: Tensor
     spacing: Tensor
+    rest: Tensor
 
 
 def plane_hits(
@@ -110,7 +115,7 @@ def plane_hits(
     with _full_precision(K_source):
         wide = torch.float32 if depth.device.type == "mps" else torch.float64
         K_source, K_target, R, t, depth = (value.to(wide) for value in (K_source, K_target, R, t, depth))
-        rays = pixel_directions(K_target, *target_size)  # (B, 3, h, w)
+        rays = pixel_directions(K_target, *target_size)
         turned = torch.einsum("bji,bjhw->bihw", R, rays)
         norm = rays.norm(dim=1, keepdim=True)
         runs_with = turned[:, 2:] > GRAZING * norm
@@ -120,12 +125,20 @@ def plane_hits(
         focal = K_source[:, :2, :2] / half[:, None]
         principal = K_source[:, :2, 2] / half - 1
         positions = torch.einsum("bij,bjhw->bihw", focal, turned[:, :2] / rise) + principal[:, :, None, None]
-        positions = torch.where(runs_with, positions, torch.zeros_like(positions))
         ahead = depth - center[:, 2:]
+        in_front = ahead > 0
         epipole = (focal @ center[:, :2, None])[:, :, 0] + principal * center[:, 2:]
-        advance = runs_with / rise
-        hits = (positions, ahead / depth, epipole[:, None] / depth[..., None], advance, norm * advance, ahead, depth.diff(dim=1))
-        return PlaneHits(*(value.to(dtype) for value in hits))
+        hits = PlaneHits(
+            positions=torch.where(runs_with, positions, NOWHERE),
+            scale=torch.where(in_front, ahead / depth, 1.0),
+            shift=torch.where(in_front[..., None], epipole[:, None] / depth[..., None], NOWHERE),
+            advance=1 / rise,
+            length=norm / rise,
+            ahead=ahead,
+            spacing=F.pad(depth.diff(dim=1), (0, 1)),
+            rest=F.pad(torch.zeros_like(depth[:, 1:]), (0, 1), value=LAST_DISTANCE),
+        )
+        return PlaneHits(**{entry.name: getattr(hits, entry.name).to(dtype) for entry in fields(PlaneHits)})
 
 
 def pixel_directions(K: Tensor, height: int, width: int) -> Tensor:
