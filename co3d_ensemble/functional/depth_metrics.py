@@ -74,13 +74,14 @@ def depth_metrics(
     scale = alignment_scale(predicted, truth, align)
     predicted = (predicted * scale).clamp(min_depth, max_depth)
     error, log_ratio = predicted - truth, predicted.log() - truth.log()
+    ratio = torch.maximum(predicted / truth, truth / predicted)
     values = {
         "abs_rel": (error.abs() / truth).mean(),
         "sq_rel": (error.square() / truth).mean(),
         "rmse": error.square().mean().sqrt(),
         "rmse_log": log_ratio.square().mean().sqrt(),
         "log10": log_ratio.abs().mean() / math.log(10),
-        **{f"delta_{k}": (log_ratio.abs().exp() < ACCURACY_BASE**k).double().mean() for k in (1, 2, 3)},
+        **{f"delta_{k}": (ratio < ACCURACY_BASE**k).double().mean() for k in (1, 2, 3)},
         "scale": scale,
     }
     return {name: value.item() for name, value in values.items()}
