@@ -7,12 +7,17 @@ from co3d_ensemble.functional.cameras import (
     camera_center,
     distance_to_depth,
     intersect_box,
+    inverse_intrinsics,
     ndc_from_pinhole,
     nearest_point_to_rays,
+    opencv_from_pinhole,
     pinhole_from_ndc,
+    pinhole_from_opencv,
     pixel_centers,
     pixel_rays,
     project,
+    relative_pose,
+    resized_intrinsics,
     so3_exp,
 )
 
@@ -85,3 +90,49 @@ def test_camera_center_maps_to_the_view_origin():
     camera = make_camera()
     assert torch.allclose(camera_center(camera.R, camera.T) @ camera.R + camera.T, torch.zeros(3, dtype=torch.float64), atol=1e-12)
     assert math.isclose(float(torch.det(camera.R)), 1.0, abs_tol=1e-12)
+
+
+def test_intrinsics_are_inverted_in_closed_form_with_skew_and_in_batches():
+    K = torch.tensor([[[9.0, 0.4, 5.3], [0, 8.0, 3.1], [0, 0, 1]], [[7.0, 0, 2.0], [0, 6.5, 4.0], [0, 0, 1]]], dtype=torch.float64)
+    assert torch.allclose(inverse_intrinsics(K), torch.linalg.inv(K), atol=1e-14)
+    assert (inverse_intrinsics(K)[:, 2] == torch.tensor([0.0, 0, 1])).all()
+    assert torch.allclose(inverse_intrinsics(K[1]), torch.linalg.inv(K[1]), atol=1e-14)
+
+
+def test_a_cameras_opencv_form_projects_points_to_the_same_pixels_and_depths():
+    camera = make_camera()
+    K, R, t = opencv_from_pinhole(camera)
+    points = torch.randn(20, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    seen = points @ R.T + t
+    pixels, z = project(points, camera)
+    assert torch.allclose(seen[:, 2], z)
+    assert torch.allclose((seen @ K.T)[:, :2] / seen[:, 2:], pixels)
+    assert math.isclose(float(torch.det(R)), 1.0, abs_tol=1e-12)
+
+
+def test_the_opencv_form_leads_back_to_the_camera_and_skew_is_refused():
+    camera = make_camera()
+    K, R, t = opencv_from_pinhole(camera)
+    back = pinhole_from_opencv(K, R, t, height=camera.height, width=camera.width)
+    for name in ("R", "T", "focal", "principal"):
+        assert torch.allclose(getattr(back, name), getattr(camera, name), atol=1e-15), name
+    assert (back.height, back.width) == (camera.height, camera.width)
+    K[0, 1] = 0.5
+    with pytest.raises(ValueError, match="skew 0.5"):
+        pinhole_from_opencv(K, R, t, height=4, width=6)
+
+
+def test_the_relative_pose_leads_from_camera_to_camera():
+    generator = torch.Generator().manual_seed(0)
+    rotations = so3_exp(torch.randn(2, 5, 3, dtype=torch.float64, generator=generator))
+    translations = torch.randn(2, 5, 3, dtype=torch.float64, generator=generator)
+    point = torch.randn(3, dtype=torch.float64, generator=generator)
+    source, target = (R @ point + t for R, t in zip(rotations, translations))
+    R, t = relative_pose(rotations[0], translations[0], rotations[1], translations[1])
+    assert torch.allclose((R @ source[..., None])[..., 0] + t, target, atol=1e-12)
+
+
+def test_intrinsics_of_a_resized_picture_are_those_of_the_resized_camera():
+    camera = make_camera()
+    K = opencv_from_pinhole(camera)[0]
+    assert torch.allclose(resized_intrinsics(K, (40, 60), (10, 30)), opencv_from_pinhole(camera.resized(10, 30))[0])
