@@ -1,0 +1,254 @@
+"""RealEstate10K (Zhou et al., 2018): clips of house tours, one text file of cameras each, with frames extracted beside.
+
+    ROOT/<split>/<clip>.txt                         as published (or ROOT/cameras/<split>/<clip>.txt)
+    ROOT/frames/<split>/<clip>/<timestamp>.jpg      the clip's frames, named by the file's timestamps (or .png)
+    ROOT/frames/<split>/<clip>/sparse/              optional: a COLMAP model in the clip's coordinates, for sparse points;
+                                                    launch/make_realestate10k_points.py makes it
+
+A camera file's first line is the video's address; every other one has a timestamp in microseconds, fx, fy, cx, cy in shares
+of the picture's width and height, two zeros, and the 3x4 matrix world to camera (x right, y down, z ahead), row by row.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from co3d_ensemble.mine.colmap import is_colmap_model, read_colmap_model
+from co3d_ensemble.mine.pictures import (
+    PICTURE_SUFFIXES,
+    check_rotation,
+    check_settings,
+    existing_folder,
+    fit_size,
+    numbers,
+    picture_size,
+    read_picture,
+)
+from co3d_ensemble.mine.views import View, ViewPairs, visible_points
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = 19
+MODELS_KEPT = 64  # COLMAP models in memory
+POINTS_SCRIPT = "launch/make_realestate10k_points.py"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Cameras of a clip's frames that are on disk, in the file's order.
+
+    Attributes:
+        frames: picture files.
+        numbers: position of each frame in the camera file, from 0: what frame distances count.
+        intrinsics: fx, fy, cx, cy in shares of the picture's sides, shape (n, 4).
+        poses: (R | t) world to camera, shape (n, 3, 4).
+    """
+
+    name: str
+    frames: tuple[Path, ...]
+    numbers: np.ndarray
+    intrinsics: np.ndarray
+    poses: np.ndarray
+
+    @property
+    def timestamps(self) -> list[int]:
+        """Microseconds of each frame."""
+        return [int(path.stem) for path in self.frames]
+
+
+def read_cameras(path: Path) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Timestamps, intrinsics (n, 4) and poses (n, 3, 4) of a camera file.
+
+    Raises:
+        ValueError: naming the file and the line that is malformed, not finite, distorted, or has no rotation.
+    """
+    timestamps, rows = [], []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for i, line in enumerate(lines[1:], 2):
+        words, where = line.split(), f"{path}, line {i}"
+        if not words:
+            continue
+        if len(words) != COLUMNS:
+            raise ValueError(f"{where}: {len(words)} columns, expected {COLUMNS}: timestamp, fx fy cx cy, two zeros, 3x4 pose")
+        values = numbers(words[1:], where)
+        if min(values[:2]) <= 0:
+            raise ValueError(f"{where}: focal lengths {values[:2]} must be positive")
+        if values[4] or values[5]:
+            raise ValueError(f"{where}: distortion {values[4:6]}: RealEstate10K's cameras have none, and none is undone here")
+        check_rotation(np.reshape(values[6:], (3, 4))[:, :3], where)
+        if not words[0].isdigit():
+            raise ValueError(f"{where}: timestamp {words[0]!r} is not a whole number of microseconds")
+        timestamps.append(int(words[0]))
+        rows.append(values)
+    if not lines or not rows:
+        raise ValueError(f"{path}: no cameras; expected the video's address and then one line per frame")
+    table = np.array(rows)
+    return timestamps, table[:, :4], table[:, 6:].reshape(-1, 3, 4)
+
+
+def camera_files(root: Path, split: str) -> list[Path]:
+    """The split's camera files, sorted; FileNotFoundError when there are none."""
+    folders = (root / "cameras" / split, root / split)
+    for folder in folders:
+        if folder.is_dir() and (files := sorted(folder.glob("*.txt"))):
+            return files
+    raise FileNotFoundError(f"no camera files <clip>.txt in {folders[0]} or {folders[1]}")
+
+
+def read_clip(root: Path, split: str, path: Path) -> Clip:
+    """A clip with those of its frames that are on disk; ``frames`` may be empty."""
+    timestamps, intrinsics, poses = read_cameras(path)
+    folder = root / "frames" / split / path.stem
+    on_disk = {file.stem: file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES} if folder.is_dir() else {}
+    there = [i for i, timestamp in enumerate(timestamps) if str(timestamp) in on_disk]
+    frames = tuple(on_disk[str(timestamps[i])] for i in there)
+    return Clip(path.stem, frames, np.array(there, dtype=np.int64), intrinsics[there], poses[there])
+
+
+class RealEstate10K(ViewPairs):
+    """Pairs of frames of one clip.
+
+    Args:
+        root: see the module's text; ``split``: ``train`` | ``test``.
+        clips: names of clips; None: all of the split.
+        height, width: picture size in pixels; ``fit``: ``stretch`` (the reference's way) or ``crop``.
+        max_frame_distance: targets lie at most this many lines of the camera file away (the protocol's "random": 30).
+        frame_distance: targets lie exactly this many lines later (the protocol's n = 5 and n = 10), instead.
+        sources_per_clip: that many evenly spread frames of each clip are sources; None: every one that has a target.
+        n_points: sparse points per picture from the COLMAP model beside the clip's frames; 0: none.
+        check: ``headers`` opens every picture's header at once, ``decode`` reads all of it, ``none`` only looks that it is there.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the setting, or the file and line; clips of fewer than two frames on disk are
+            left out with a warning, unless all are.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        split: str = "train",
+        clips: Sequence[str] | None = None,
+        height: int,
+        width: int,
+        fit: str = "stretch",
+        max_frame_distance: int = 30,
+        frame_distance: int | None = None,
+        sources_per_clip: int | None = None,
+        n_points: int = 0,
+        random_target: bool = True,
+        check: str = "headers",
+        cache_megabytes: float = 512,
+    ) -> None:
+        super().__init__(n_points=n_points, random_target=random_target, cache_megabytes=cache_megabytes)
+        check_settings(height=height, width=width, fit=fit, check=check, n_points=n_points)
+        least = {"max_frame_distance": max_frame_distance, "frame_distance": frame_distance, "sources_per_clip": sources_per_clip}
+        for name, value in least.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        self.root, self.split, self.height, self.width, self.fit = Path(root), split, height, width, fit
+        self._window = (1, max_frame_distance) if frame_distance is None else (frame_distance, frame_distance)
+        self._both_ways = frame_distance is None
+        existing_folder(self.root, "RealEstate10K")
+        self._clips = self._readable_clips(clips, check)
+        self._positions = {clip.name: c for c, clip in enumerate(self._clips)}
+        chosen = [(c, f) for c, clip in enumerate(self._clips) for f in self._sources(clip, sources_per_clip)]
+        if not chosen:
+            raise ValueError(f"{self.root}: no two frames of one {split} clip are {self._window[0]} to {self._window[1]} frames apart")
+        self._index = np.array(chosen, dtype=np.int32)  # millions of frames: no Python objects
+        self._models: dict[int, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def clips(self) -> dict[str, Clip]:
+        """The readable clips by name, for protocols that choose their own pairs: see :meth:`clip_view`."""
+        return {clip.name: clip for clip in self._clips}
+
+    def clip_view(self, name: str, frame: int) -> View:
+        """The view of a clip's frame, which counts in :attr:`Clip.frames`."""
+        return self.view((self._positions[name], frame))
+
+    def choices(self, index: int) -> tuple[Hashable, Sequence[Hashable]]:
+        clip, source = self._index[index].tolist()
+        return (clip, source), [(clip, target) for target in self._targets(self._clips[clip], source)]
+
+    def load(self, key: tuple[int, int]) -> View:  # type: ignore[override]
+        clip, frame = self._clips[key[0]], key[1]
+        path = clip.frames[frame]
+        image = read_picture(path)
+        fit = fit_size((image.height, image.width), height=self.height, width=self.width, mode=self.fit)
+        fx, fy, cx, cy = clip.intrinsics[frame] * (image.width, image.height, image.width, image.height)
+        K = fit.intrinsics(torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=torch.float64))
+        pose = torch.from_numpy(clip.poses[frame])
+        R, t, points = pose[:, :3], pose[:, 3], None
+        if self.n_points:
+            world = self._points(key[0])[path.name]
+            points = visible_points(world @ R.T + t, K, height=self.height, width=self.width)
+        return View(clip.name, path.stem, fit.picture(image), K, R, t, points=points)
+
+    def _readable_clips(self, names: Sequence[str] | None, check: str) -> list[Clip]:
+        files = camera_files(self.root, self.split)
+        if names is not None:
+            by_name = {path.stem: path for path in files}
+            unknown = [name for name in names if name not in by_name]
+            if unknown:
+                raise ValueError(f"clips: {files[0].parent} has no {unknown[0]}.txt")
+            files = [by_name[name] for name in names]
+        clips, dropped = [], []
+        for path in files:
+            clip = read_clip(self.root, self.split, path)
+            (clips if len(clip.frames) > 1 else dropped).append(clip)
+        frames = self.root / "frames" / self.split
+        if not clips:
+            raise FileNotFoundError(f"{frames}: no clip has two frames named <clip>/<timestamp>.jpg or .png")
+        if dropped:
+            logger.warning("%d of %d clips have fewer than two frames in %s, such as %s", len(dropped), len(files), frames, dropped[0].name)
+        for clip in clips:
+            if check != "none":
+                for path in clip.frames:
+                    picture_size(path, check)
+            folder = clip.frames[0].parent / "sparse"
+            if self.n_points and not is_colmap_model(folder):
+                raise FileNotFoundError(
+                    f"{folder} has no COLMAP model, and the camera files carry no points: {POINTS_SCRIPT} makes it, or n_points=0"
+                )
+        return clips
+
+    def _targets(self, clip: Clip, source: int) -> list[int]:
+        """Frames of the clip in the window, the nearest first."""
+        offset = clip.numbers - clip.numbers[source]
+        distance = np.abs(offset) if self._both_ways else offset
+        near = np.nonzero((distance >= self._window[0]) & (distance <= self._window[1]))[0]
+        return near[np.argsort(distance[near], kind="stable")].tolist()
+
+    def _sources(self, clip: Clip, n: int | None) -> list[int]:
+        gaps = np.diff(clip.numbers)
+        if self._both_ways:
+            near = np.concatenate((gaps, [np.inf])) <= self._window[1]
+            near |= np.concatenate(([np.inf], gaps)) <= self._window[1]
+        else:
+            near = np.isin(clip.numbers + self._window[0], clip.numbers)
+        able = np.nonzero(near)[0].tolist()
+        if n is None or len(able) <= n:
+            return able
+        return [able[int((i + 0.5) * len(able) / n)] for i in range(n)]
+
+    def _points(self, clip_index: int) -> dict[str, Tensor]:
+        """World positions of the points that each frame sees, by file name; a frame that COLMAP left out sees none."""
+        if clip_index not in self._models:
+            if len(self._models) == MODELS_KEPT:
+                self._models.pop(next(iter(self._models)))
+            clip = self._clips[clip_index]
+            model = read_colmap_model(clip.frames[0].parent / "sparse")
+            seen = {image.name: model.xyz[[model.rows[i] for i in image.point_ids]].reshape(-1, 3) for image in model.images}
+            self._models[clip_index] = {path.name: seen.get(path.name, model.xyz[:0]) for path in clip.frames}
+        return self._models[clip_index]

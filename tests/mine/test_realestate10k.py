@@ -1,0 +1,178 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from co3d_ensemble.functional.cameras import so3_exp
+from co3d_ensemble.mine.realestate10k import RealEstate10K, read_cameras
+from tests.mine.colmap_files import write_colmap
+
+SIZE = {"height": 16, "width": 24}
+H, W = 32, 64  # of the extracted frames
+
+
+def pose(i):
+    R = so3_exp(torch.tensor([0.01, 0.02, -0.01], dtype=torch.float64) * i)
+    return torch.cat((R, torch.tensor([[0.1 * i], [0.0], [-0.05 * i]])), dim=1).numpy()
+
+
+def timestamp(i):
+    return 62_000_000 + 33_367 * i
+
+
+def write_clip(root, name="0a1b", split="train", n=12, missing=(), cameras=None):
+    """A clip as published, with frames as the usual extraction scripts name them."""
+    lines = ["https://www.youtube.com/watch?v=aaaaaaaaaaa"]
+    for i in range(n):
+        numbers = [0.9, 1.8, 0.5, 0.5, 0.0, 0.0, *pose(i).ravel()]
+        lines.append(f"{timestamp(i)} " + " ".join(f"{value:.9f}" for value in numbers))
+    path = (root / split if cameras is None else cameras) / f"{name}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+    folder = root / "frames" / split / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in set(range(n)) - set(missing):
+        picture = np.full((H, W, 3), 10 * i + 5, np.uint8)
+        Image.fromarray(picture).save(folder / f"{timestamp(i)}.{'png' if i % 2 else 'jpg'}")
+    return path
+
+
+def test_a_pair_has_the_frames_pictures_and_cameras_of_the_text_file(tmp_path):
+    write_clip(tmp_path)
+    pairs = RealEstate10K(tmp_path, frame_distance=5, random_target=False, **SIZE)
+    assert len(pairs) == 7
+    pair = pairs[2]
+    assert pair.name == f"0a1b/{timestamp(2)}->{timestamp(7)}"
+    assert pair.source.mean().item() == pytest.approx(25 / 255, abs=0.01) and pair.target.mean().item() == pytest.approx(75 / 255, abs=0.01)
+    # shares of the sides, whatever the size of the frames
+    assert torch.allclose(pair.K_source, torch.tensor([[0.9 * 24, 0, 12], [0, 1.8 * 16, 8], [0, 0, 1]]))
+    X = torch.tensor([0.3, -0.4, 5.0, 1.0], dtype=torch.float64)
+    source, target = torch.from_numpy(pose(2)) @ X, torch.from_numpy(pose(7)) @ X
+    torch.testing.assert_close(pair.R.double() @ source + pair.t.double(), target, atol=1e-5, rtol=0)
+    assert pair.source_points is None
+
+
+def test_a_crop_keeps_the_middle_and_square_pixels(tmp_path):
+    write_clip(tmp_path)
+    K = RealEstate10K(tmp_path, fit="crop", height=16, width=16, **{})[0].K_source
+    assert torch.allclose(K, torch.tensor([[0.9 * 32, 0, 8], [0, 1.8 * 16, 8], [0, 0, 1]]))
+
+
+def test_targets_lie_in_the_window_of_the_camera_file_whatever_frames_are_missing(tmp_path):
+    write_clip(tmp_path, missing=(3, 4))
+    pairs = RealEstate10K(tmp_path, max_frame_distance=3, **SIZE)
+    clip = pairs._clips[0]
+    assert clip.numbers.tolist() == [0, 1, 2, 5, 6, 7, 8, 9, 10, 11]
+    for i in range(len(pairs)):
+        (_, source), targets = pairs.choices(i)
+        distances = [abs(int(clip.numbers[target] - clip.numbers[source])) for _, target in targets]
+        expected = [abs(n - clip.numbers[source]) for n in clip.numbers if 0 < abs(n - clip.numbers[source]) <= 3]
+        assert distances == sorted(expected)
+    exact = RealEstate10K(tmp_path, frame_distance=3, **SIZE)
+    assert exact.clips["0a1b"].timestamps == [timestamp(i) for i in clip.numbers.tolist()]
+    assert exact.clip_view("0a1b", 3).name == str(timestamp(5))
+    chosen = [exact.choices(i) for i in range(len(exact))]
+    found = [(int(clip.numbers[s]), [int(clip.numbers[t]) for _, t in targets]) for (_, s), targets in chosen]
+    assert found == [(2, [5]), (5, [8]), (6, [9]), (7, [10]), (8, [11])]
+
+
+def test_sources_can_be_spread_over_a_clip_and_clips_chosen(tmp_path):
+    for name in ("b", "a", "c"):
+        write_clip(tmp_path, name, split="test", cameras=tmp_path / "cameras" / "test")
+    pairs = RealEstate10K(tmp_path, split="test", clips=["c", "a"], sources_per_clip=3, frame_distance=2, **SIZE)
+    assert [pairs[i].name for i in range(len(pairs))] == [
+        f"{clip}/{timestamp(i)}->{timestamp(i + 2)}" for clip in ("c", "a") for i in (1, 5, 8)
+    ]
+    with pytest.raises(ValueError, match="has no d.txt"):
+        RealEstate10K(tmp_path, split="test", clips=["d"], **SIZE)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_points_come_from_the_model_beside_the_clip(tmp_path, binary):
+    write_clip(tmp_path, n=3)
+    cameras = {1: ("PINHOLE", W, H, [0.9 * W, 1.8 * H, 0.5 * W, 0.5 * H])}
+    world = {4: (0.2, 0.1, 4.0), 6: (-0.5, 0.3, 6.0), 8: (0.0, 0.0, -3.0)}
+    names = [f"{timestamp(i)}.{'png' if i % 2 else 'jpg'}" for i in range(3)]
+    images = [
+        (i + 1, names[i], 1, pose(i)[:, :3], pose(i)[:, 3], [(1.0, 1.0, 4), (2.0, 2.0, 8), *([(3.0, 3.0, 6)] if i == 0 else [])])
+        for i in range(2)
+    ]
+    write_colmap(tmp_path / "frames/train/0a1b/sparse", cameras, images, world, binary=binary)
+    pairs = RealEstate10K(tmp_path, n_points=5, frame_distance=1, **SIZE)
+    pair = pairs[0]
+    for points, i, seen in ((pair.source_points, 0, (4, 6)), (pair.target_points, 1, (4,))):
+        known = points[points[:, 2] > 0]
+        assert len(known) == len(seen) and points.shape == (5, 3)  # what is behind the camera is no point
+        for row, key in zip(known, seen):
+            X = pose(i) @ [*world[key], 1.0]
+            assert row.tolist() == pytest.approx([24 * (0.9 * X[0] / X[2] + 0.5), 16 * (1.8 * X[1] / X[2] + 0.5), X[2]], abs=1e-4)
+    assert not pairs[1].target_points.any()  # a frame that COLMAP could not register
+
+
+def test_points_without_a_model_are_an_error_that_names_the_script(tmp_path):
+    write_clip(tmp_path)
+    with pytest.raises(FileNotFoundError, match="0a1b/sparse has no COLMAP model.*make_realestate10k_points.py"):
+        RealEstate10K(tmp_path, n_points=8, **SIZE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda words: words[:-1], "0a1b.txt, line 4: 18 columns"),
+        (lambda words: [*words[:8], "nan", *words[9:]], "0a1b.txt, line 4: 'nan' is not a finite number"),
+        (lambda words: [words[0], "-0.9", *words[2:]], "0a1b.txt, line 4: focal lengths"),
+        (lambda words: [*words[:5], "0.1", *words[6:]], "0a1b.txt, line 4: distortion"),
+        (lambda words: [*words[:7], "3.0", *words[8:]], "0a1b.txt, line 4: no rotation"),
+        (lambda words: ["12.5", *words[1:]], "0a1b.txt, line 4: timestamp '12.5'"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, change, message):
+    path = write_clip(tmp_path)
+    lines = path.read_text().splitlines()
+    lines[3] = " ".join(change(lines[3].split()))
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        RealEstate10K(tmp_path, **SIZE)
+
+
+def test_an_empty_camera_file_is_named(tmp_path):
+    path = tmp_path / "x.txt"
+    for text in ("", "https://www.youtube.com/watch?v=a\n"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="x.txt: no cameras"):
+            read_cameras(path)
+
+
+def test_missing_folders_and_damaged_pictures_are_named_at_once(tmp_path, caplog):
+    with pytest.raises(FileNotFoundError, match="nowhere is missing"):
+        RealEstate10K(tmp_path / "nowhere", **SIZE)
+    with pytest.raises(FileNotFoundError, match="no camera files"):
+        RealEstate10K(tmp_path, **SIZE)
+    write_clip(tmp_path, "none", missing=range(12))
+    with pytest.raises(FileNotFoundError, match="no clip has two frames"):
+        RealEstate10K(tmp_path, **SIZE)
+    write_clip(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        assert len(RealEstate10K(tmp_path, **SIZE)) == 12
+    assert "1 of 2 clips" in caplog.text and "none" in caplog.text
+    broken = tmp_path / "frames/train/0a1b" / f"{timestamp(4)}.jpg"
+    broken.write_bytes(broken.read_bytes()[:-15])
+    with pytest.raises(ValueError, match=f"{broken.name}: unreadable or truncated"):
+        RealEstate10K(tmp_path, check="decode", **SIZE)
+    with pytest.raises(ValueError, match=f"{broken.name}: unreadable or truncated"):
+        RealEstate10K(tmp_path, frame_distance=1, **SIZE)[4]
+    broken.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"{broken.name}: not a picture"):
+        RealEstate10K(tmp_path, **SIZE)
+
+
+@pytest.mark.parametrize("settings", [{"max_frame_distance": 0}, {"frame_distance": 0}, {"sources_per_clip": 0}, {"height": 1}])
+def test_bad_settings_are_named(tmp_path, settings):
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        RealEstate10K(tmp_path, **{**SIZE, **settings})
+    write_clip(tmp_path, n=4)
+    with pytest.raises(ValueError, match="are 9 to 9 frames apart"):
+        RealEstate10K(tmp_path, frame_distance=9, **SIZE)
