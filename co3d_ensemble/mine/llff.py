@@ -1,0 +1,210 @@
+"""LLFF scenes (Mildenhall et al., 2019): photographs with a COLMAP sparse model, lens distortion undone.
+
+ROOT/<scene>/sparse/0/           cameras, images, points3D as .bin or .txt (or in ROOT/<scene>/sparse/)
+ROOT/<scene>/images/             the photographs, or a reduced copy such as images_4, whose files have the photographs' names
+                                 or, as in nerf_llff_data, other names in the same order
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from co3d_ensemble.functional.cameras import pixel_centers, resized_intrinsics
+from co3d_ensemble.mine.colmap import ColmapCamera, ColmapImage, ColmapModel, is_colmap_model, read_colmap_model
+from co3d_ensemble.mine.pictures import (
+    SIZE_TOLERANCE,
+    Fit,
+    check_settings,
+    existing_folder,
+    fit_size,
+    picture_size,
+    pictures_in,
+    read_picture,
+    to_tensor,
+)
+from co3d_ensemble.mine.views import View, ViewPairs, visible_points
+
+SPLITS = ("train", "val")
+HOLD_OUT = 8  # every eighth photograph, from the first one in the order of names, as NeRF's and MINE's tests
+SHRINK_STEP, MIN_SHRINK = 0.005, 0.6  # of the part of the undistorted picture that lies inside the photograph
+BORDER_SAMPLES = 64  # per side, to see that a box's border lies inside the photograph
+
+
+class LLFF(ViewPairs):
+    """Pairs of photographs of one scene.
+
+    In ``train`` source and target are among the photographs that are not held out; in ``val`` the source is a held-out one and
+    the target any other.
+
+    Args:
+        root: see the module's text; ``scenes``: names of its folders, None: all that have a COLMAP model.
+        images: folder of the photographs in each scene, e.g. ``images_4``; reduced ones decode faster.
+        height, width: picture size in pixels; ``fit``: ``stretch`` (the reference's way) or ``crop``. What the undistorted
+            picture would show from outside the photograph is cut off all around.
+        n_neighbours: targets are the source's nearest cameras, that many.
+        n_points: sparse points per picture, of those that COLMAP saw in it; 0: none.
+        check: ``headers`` | ``decode`` | ``none``, how far pictures are checked at once.
+
+    Raises:
+        ValueError, FileNotFoundError: naming the setting, or the file and what is wrong with it.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        *,
+        split: str = "train",
+        scenes: Sequence[str] | None = None,
+        images: str = "images",
+        height: int,
+        width: int,
+        fit: str = "stretch",
+        n_neighbours: int = 8,
+        n_points: int = 256,
+        random_target: bool = True,
+        check: str = "headers",
+        cache_megabytes: float = 512,
+    ) -> None:
+        super().__init__(n_points=n_points, random_target=random_target, cache_megabytes=cache_megabytes)
+        check_settings(height=height, width=width, fit=fit, check=check, n_points=n_points)
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+        if n_neighbours < 1:
+            raise ValueError(f"n_neighbours={n_neighbours}: must be at least 1")
+        self.height, self.width, self.fit = height, width, fit
+        folders = _scene_folders(existing_folder(Path(root), "LLFF scenes"), scenes)
+        self._models = [read_colmap_model(_model_folder(folder)) for folder in folders]
+        self._names = [folder.name for folder in folders]
+        self._paths = [_pictures(folder / images, model, check) for folder, model in zip(folders, self._models)]
+        self._pairs: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []
+        for scene, model in enumerate(self._models):
+            sources, targets = _split(len(model.images), split)
+            for source in sources:
+                near = _nearest(model, source, [target for target in targets if target != source], n_neighbours)
+                if near:
+                    self._pairs.append(((scene, source), [(scene, target) for target in near]))
+        if not self._pairs:
+            raise ValueError(f"{root}: no scene has two photographs for split={split!r}")
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def choices(self, index: int) -> tuple[Hashable, Sequence[Hashable]]:
+        return self._pairs[index]
+
+    def load(self, key: tuple[int, int]) -> View:  # type: ignore[override]
+        scene, i = key
+        model, path = self._models[scene], self._paths[scene][i]
+        image = model.images[i]
+        camera = model.cameras[image.camera_id]
+        picture, K = undistorted(read_picture(path), camera, height=self.height, width=self.width, mode=self.fit)
+        points = visible_points(model.points_of(image), K, height=self.height, width=self.width) if self.n_points else None
+        return View(self._names[scene], Path(image.name).stem, picture, K, image.R, image.t, points=points)
+
+
+def undistorted(photo: Image.Image, camera: ColmapCamera, *, height: int, width: int, mode: str) -> tuple[Tensor, Tensor]:
+    """A photograph, perhaps reduced, as the pinhole camera without the lens sees it, and that camera's K at the new size.
+
+    Returns:
+        picture (3, height, width) in [0, 1] and K (3, 3), float64.
+    """
+    if not camera.distorts:
+        fit = fit_size((photo.height, photo.width), height=height, width=width, mode=mode)
+        K = resized_intrinsics(camera.K, (camera.height, camera.width), (photo.height, photo.width))
+        return fit.picture(photo), fit.intrinsics(K)
+    fit = _box_inside(camera, fit_size((camera.height, camera.width), height=height, width=width, mode=mode))
+    left, top, _, _ = fit.box
+    across, down = fit.scale
+    pixels = pixel_centers(height, width).double() / torch.tensor([across, down]) + torch.tensor([left, top])
+    lens = camera.distorted(pixels) / torch.tensor([camera.width, camera.height])  # shares of the photograph's sides
+    # about as many pixels as the result has, so that sampling points of it neither blurs nor aliases
+    small = [max(1, min(side, round(original * scale))) for side, original, scale in _sides(photo, camera, across, down)]
+    reduced = to_tensor(photo.resize((small[0], small[1]), Image.Resampling.BICUBIC))
+    grid = (2 * lens - 1).float().reshape(1, height, width, 2)
+    sampled = torch.nn.functional.grid_sample(reduced[None], grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return sampled[0], fit.intrinsics(camera.K)
+
+
+def _sides(photo: Image.Image, camera: ColmapCamera, across: float, down: float) -> tuple[tuple[int, int, float], ...]:
+    return (photo.width, camera.width, across), (photo.height, camera.height, down)
+
+
+def _box_inside(camera: ColmapCamera, fit: Fit) -> Fit:
+    """The fit with its box shrunk about its middle until the photograph has all of it."""
+    left, top, right, bottom = fit.box
+    middle = torch.tensor([(left + right) / 2, (top + bottom) / 2], dtype=torch.float64)
+    half = torch.tensor([(right - left) / 2, (bottom - top) / 2], dtype=torch.float64)
+    ends = torch.linspace(-1, 1, BORDER_SAMPLES, dtype=torch.float64)
+    one = torch.ones_like(ends)
+    border = torch.cat([torch.stack(side, dim=1) for side in ((ends, one), (ends, -one), (one, ends), (-one, ends))])
+    size = torch.tensor([camera.width, camera.height], dtype=torch.float64)
+    share = 1.0
+    while share >= MIN_SHRINK:
+        lens = camera.distorted(middle + share * half * border)
+        if bool(((lens >= 0) & (lens <= size)).all()):
+            (x, y), (dx, dy) = middle.tolist(), (share * half).tolist()
+            return Fit((x - dx, y - dy, x + dx, y + dy), fit.height, fit.width)
+        share -= SHRINK_STEP
+    raise ValueError(f"camera {camera.model} {camera.parameters}: its distortion leaves less than {MIN_SHRINK} of the picture")
+
+
+def _scene_folders(root: Path, names: Sequence[str] | None) -> list[Path]:
+    if names is not None:
+        return [existing_folder(root / name, f"scene {name}") for name in names]
+    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and is_colmap_model(_model_folder(folder)))
+    if not folders:
+        raise FileNotFoundError(f"{root}: no scene in it has a COLMAP model, <scene>/sparse/0/images.bin or .txt")
+    return folders
+
+
+def _model_folder(scene: Path) -> Path:
+    return scene / "sparse" if is_colmap_model(scene / "sparse") else scene / "sparse" / "0"
+
+
+def _pictures(folder: Path, model: ColmapModel, check: str) -> list[Path]:
+    """The picture of each of the model's images, by its name's stem or else by its place in the order of names."""
+    files = pictures_in(existing_folder(folder, "photographs"))
+    by_stem = {path.stem: path for path in files}
+    stems = [Path(image.name).stem for image in model.images]
+    if all(stem in by_stem for stem in stems):
+        paths = [by_stem[stem] for stem in stems]
+    elif len(files) == len(stems) and not any(stem in by_stem for stem in stems):
+        paths = files
+    else:
+        missing = next(stem for stem in stems if stem not in by_stem)
+        raise FileNotFoundError(f"{folder / missing}.* is missing: {model.path} has {len(stems)} images, the folder {len(files)}")
+    for path, image in zip(paths, model.images):
+        _check(path, image, model, check)
+    return paths
+
+
+def _check(path: Path, image: ColmapImage, model: ColmapModel, check: str) -> None:
+    if check == "none":
+        return
+    height, width = picture_size(path, check)
+    camera = model.cameras[image.camera_id]
+    share = width / camera.width
+    if share > 1 or abs(camera.height * share - height) > SIZE_TOLERANCE:
+        raise ValueError(
+            f"{path}: picture is {width}x{height} (width x height), no reduced copy of the {camera.width}x{camera.height} "
+            f"that {model.path} gives camera {image.camera_id}"
+        )
+
+
+def _split(n: int, split: str) -> tuple[list[int], list[int]]:
+    """Sources and possible targets."""
+    held_out = list(range(0, n, HOLD_OUT))
+    rest = [i for i in range(n) if i % HOLD_OUT]
+    return (rest, rest) if split == "train" else (held_out, list(range(n)))
+
+
+def _nearest(model: ColmapModel, source: int, targets: Sequence[int], n: int) -> list[int]:
+    """The ``n`` targets whose cameras stand nearest, the nearest first."""
+    centers = torch.stack([-image.R.T @ image.t for image in model.images])
+    distances = (centers[list(targets)] - centers[source]).norm(dim=1)
+    return [targets[i] for i in distances.argsort(stable=True)[:n].tolist()]
