@@ -165,11 +165,6 @@ class RealEstate10K(ViewPairs):
         self._index = np.array(chosen, dtype=np.int32)  # millions of frames: no Python objects
         self._models: dict[int, dict[str, Tensor]] = {}
 
-    @property
-    def clips(self) -> list[Clip]:
-        """The clips that there are; :meth:`view` takes ``(position in this list, position in the clip's frames)``."""
-        return self._clips
-
     def __len__(self) -> int:
         return len(self._index)
 
