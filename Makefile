@@ -4,7 +4,7 @@
 #   make test PYTHON=/path/to/python  uses that Python's environment instead, for instance one with a CUDA torch and a
 #                                     compiled PyTorch3D: whatever it has is kept at its version, only missing packages are added;
 #                                     the same holds for a .venv that was there before
-#   make test PYTEST="-k fusion"      passes options on to pytest
+#   make test PYTEST="-k fusion"      passes options on to pytest; "-n 0" runs all in one process
 #   make demo DEMO="--help"           passes options on to the demo
 #
 # The first python3 of 3.11 or newer makes .venv; `make env PYTHON3=python3.12` chooses another, `VENV=dir` another folder.
@@ -58,10 +58,12 @@ env: $(STAMP)
 demo: env
 	"$(PY)" launch/demo.py $(DEMO)
 
-# Test tensors are small, and tests start processes of their own: one thread each is the fastest on two cores.
+# Test tensors are small, and tests start processes of their own: one thread each is the fastest. A worker per core, which imports
+# all of PyTorch3D for itself, so no more than 8; one that is done takes half of what another has left, which keeps most of a
+# file's tests, and with them its fixtures, in one place.
 test: export OMP_NUM_THREADS ?= 1
 test: env
-	"$(PY)" -m pytest $(PYTEST)
+	"$(PY)" -m pytest -n logical --maxprocesses 8 --dist worksteal $(PYTEST)
 
 bench: env
 	"$(PY)" benchmarks/nerf_step.py $(BENCH)

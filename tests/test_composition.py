@@ -18,7 +18,7 @@ def composed(*overrides: str):
     return compose_ensemble(["experiment=ensemble_laptop", *PLACE, *overrides])
 
 
-ENSEMBLES = [path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml") if is_ensemble([f"experiment={path.stem}"])]
+ENSEMBLES = sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml") if is_ensemble([f"experiment={path.stem}"]))
 
 
 def test_the_presets_are_ensembles_of_a_nerf_and_a_tensorf():
