@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 
+ConfigStore.instance().store(name="experiment_schema", node=ExperimentConfig)  # what configs/*.yaml build on
+
 
 def compose_experiment(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> DictConfig:
     """An experiment from ``configs/`` and Hydra overrides (``experiment=nerf_laptop category=cape training.lr=1e-3``).
@@ -42,7 +44,6 @@ def compose_experiment(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) 
     Raises:
         hydra.errors.HydraException, ValueError: an unknown key or experiment, a wrong type or value; the message names it.
     """
-    ConfigStore.instance().store(name="experiment_schema", node=ExperimentConfig)
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         config = compose("train_sequence", list(overrides))
     # Hydra's "+key=value" adds what the schema lacks: refused here like any other unknown key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ def merged_args(model_class_type: str, args: Mapping[str, Any]) -> DictConfig:
         ValueError: unknown model class, component or setting, naming it.
     """
     model_class = model_class_named(model_class_type)
-    defaults = get_default_args(model_class)
+    defaults = _default_args(model_class)
     given = OmegaConf.create(plain(args))
     try:
         config = OmegaConf.merge(defaults, given)
@@ -28,6 +29,12 @@ def merged_args(model_class_type: str, args: Mapping[str, Any]) -> DictConfig:
         raise ValueError(f"model_{model_class_type}_args: {str(error).splitlines()[0]}{where}") from error
     _check_components(given, config)
     return config
+
+
+@functools.cache
+def _default_args(model_class: type[ImplicitronModelBase]) -> DictConfig:
+    """Fixed since the first call, which expands the class; to be read only. Collecting them takes as long as building a small model."""
+    return get_default_args(model_class)
 
 
 def plain(args: Mapping[str, Any]) -> dict[str, Any]:
