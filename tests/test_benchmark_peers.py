@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import time
+import types
 
 import pytest
 import torch
 
-from benchmarks import peers
+from benchmarks import peers, time_to_quality
 from benchmarks.report import figures
+from co3d_ensemble.training import budget
 from tests.tiny import MODEL, generated
 
 DEV = "manyview_dev_0"
-SMALL = {"data.longest_side": 24, "training.n_rays": 32, "data.val_share": 0.2}
+SMALL = {"data.longest_side": 24, "training.n_rays": 32, "data.val_share": 0.2, "model.occupancy.resolution": 16}
+MINUTES = 0.03
 SRN = "model.implicitron.args.implicit_function_SRNImplicitFunction_args"
 NARROW = (f"{SRN}.raymarch_function_args.n_hidden_units=16", f"{SRN}.pixel_generator_args.n_hidden_units=16")
 
@@ -25,6 +29,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def short_probes(monkeypatch):
+    """By the processor's clock, as other processes may be keeping it busy."""
+    monkeypatch.setattr(budget, "time", types.SimpleNamespace(perf_counter=time.process_time))
+    monkeypatch.setattr(budget, "WARM_UP_STEPS", 1)
+    monkeypatch.setattr(budget, "MIN_TIMED_STEPS", 1)
+    monkeypatch.setattr(time_to_quality, "HULL_SAMPLES", 32)
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return generated(tmp_path_factory.mktemp("root"), {"mug": [DEV]})
@@ -34,11 +47,12 @@ def arguments(root, output, *more: str) -> list[str]:
     small = [word for key, value in SMALL.items() for word in ("--override", f"{key}={value}")]
     nerf = [word for key, value in MODEL.items() for word in ("--override-row", f"nerf:{key}={value}")]
     srn = [word for setting in NARROW for word in ("--override-row", f"implicitron_srn:{setting}")]
-    place = ["--dataset-root", str(root), "--category", "mug", "--output", str(output), "--device", "cpu", "--minutes", "0.05"]
+    place = ["--dataset-root", str(root), "--category", "mug", "--output", str(output), "--device", "cpu", "--minutes", str(MINUTES)]
     return [*place, *small, *nerf, *srn, *more]
 
 
-def test_rows_are_trained_for_equal_times_scored_and_tabled_and_a_second_call_only_reads(root, tmp_path, capsys):
+def test_rows_are_trained_for_equal_times_scored_and_tabled_and_a_second_call_only_reads(root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "ROWS", ("nerf", "implicitron_srn", "implicitron_idr"))  # each is composed in each call
     output = tmp_path / "peers"
     assert peers.main(arguments(root, output, "--rows", "nerf")) == 0
     trained = (output / "nerf" / "mug" / DEV / "nerf" / "checkpoints" / "best.pt").stat().st_mtime_ns
@@ -46,13 +60,13 @@ def test_rows_are_trained_for_equal_times_scored_and_tabled_and_a_second_call_on
     assert (output / "nerf" / "mug" / DEV / "nerf" / "checkpoints" / "best.pt").stat().st_mtime_ns == trained
     result = json.loads((tmp_path / "result.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows) == list(peers.ROWS) and result["benchmark"] == "peers" and result["minutes"] == 0.05
+    assert list(rows) == list(peers.ROWS) and result["benchmark"] == "peers" and result["minutes"] == MINUTES
     for name in ("nerf", "implicitron_srn"):
         row = rows[name]
         assert row["metrics"]["psnr_masked"] > 0 and row["steps"][0] > 0 and row["reason"] is None
-        assert 0 < row["seconds"] < 30  # of 3: the loop's start counts as well
-        budget = json.loads(next((output / name).rglob("budget.json")).read_text())
-        assert budget["budget_minutes"] == 0.05
+        assert 0 < row["seconds"] < 60  # 1.8 of the processor's, the loop's start and whatever else keeps it busy
+        fixed = json.loads(next((output / name).rglob("budget.json")).read_text())
+        assert fixed["budget_minutes"] == MINUTES
     assert rows["implicitron_idr"]["metrics"] is None and rows["implicitron_idr"]["reason"] == "not trained yet"
     table = (output / "peers.md").read_text()
     assert "| nerf (`nerf_laptop`) |" in table and "- implicitron_idr: not trained yet" in table

@@ -22,7 +22,11 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def short_probes(monkeypatch):
+def short_probes_and_coarse_hulls(monkeypatch):
+    """Carving a hull at the presets' resolution takes seconds."""
+    coarse = lambda overrides, **place: common.experiment([*overrides, "model.occupancy.resolution=24"], **place)
+    monkeypatch.setattr(nerf_step, "experiment", coarse)
+    monkeypatch.setattr(time_to_quality, "experiment", coarse)
     monkeypatch.setattr(cells, "PROBE_STEPS", 2)
     monkeypatch.setattr(cells, "PROBE_SECONDS", 0.0)
     monkeypatch.setattr(time_to_quality, "HULL_SAMPLES", 32)
@@ -216,7 +220,9 @@ def test_an_unknown_cell_is_an_error(root, tmp_path, capsys):
 
 
 def test_the_hull_in_its_mean_colour_is_perfect_for_an_object_of_one_colour(root):
-    config = common.experiment(["experiment=nerf_laptop", "data.longest_side=32"], root=root, category="mug", device=torch.device("cpu"))
+    config = time_to_quality.experiment(
+        ["experiment=nerf_laptop", "data.longest_side=32"], root=root, category="mug", device=torch.device("cpu")
+    )
     scene = time_to_quality.load_scene(config)
     colour = torch.tensor([200, 100, 50], dtype=torch.uint8)
     flat = [replace(f, rgb=colour[:, None, None] * torch.ones_like(f.rgb), mask=torch.full_like(f.mask, 255)) for f in scene.train[:3]]

@@ -62,7 +62,7 @@ def train_arguments(root: Path, output: Path, **settings: Any) -> list[str]:
     if not str(settings.get("experiment", "nerf")).startswith("implicitron"):
         chosen |= MODEL | TENSORF
     else:
-        chosen["member"] = "nerf"
+        chosen |= {"member": "nerf", "model.occupancy.resolution": MODEL["model.occupancy.resolution"]}
     chosen |= TRAINING | {key.replace("__", "."): value for key, value in settings.items()}
     return [f"{key}={value}" for key, value in chosen.items() if value is not None]
 
