@@ -30,7 +30,7 @@ def undisturbed(tmp_path_factory):
     """The same jobs done by one plain worker."""
     folder = tmp_path_factory.mktemp("undisturbed")
     script = pretended(folder / "root", N_JOBS, seed=1)
-    done = alone(script, folder / "out")
+    done = alone([*script, f"jobs_per_device={N_JOBS}"], folder / "out")
     assert done.returncode == 3, done.stderr  # two of the jobs are sick
     return folder / "out"
 
