@@ -18,7 +18,7 @@ VENV ?= .venv
 PYTHON3 ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,\
     $(shell $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
 PYTORCH3D := 0.7.4
-EXTRAS := dev,video
+EXTRAS := dev,video,mine
 
 MADE_HERE := $(VENV)/made_by_make
 ifneq ($(wildcard $(VENV)/bin/python),)
