@@ -26,6 +26,7 @@ class Pair:
         source_points, target_points: sparse points (x, y, z): pixel position and z in that camera, shape (P, 3); rows of
             points that there are not have z = 0. None where the data set has no points.
         source_depth, target_depth: z of every pixel, 0 where unknown, shape (1, H, W), for evaluation; None where there is none.
+            NYU-Depth and iBims-1 give it at the ground truth's own size, as predictions are resized to it.
         source_mask, target_mask: foreground probability, shape (1, H, W); None where the data set has no masks.
     """
 
