@@ -14,15 +14,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from co3d_ensemble.mine.pairs import Pair
+from co3d_ensemble.mine.views import View, make_pair
 
 AFTER = {"n=5": 5, "n=10": 10}  # frames after the source
 RANDOM, RANDOM_RANGE = "random", 30  # frames before and after
@@ -59,9 +60,7 @@ RULES: dict[str, ScoreRules] = {
     ),
     "kitti_raw": ScoreRules("left to right", 0.05, "none", *_ANY_DEPTH, "from left to right, 5% of the sides cut off all around"),
     "nyu_depth": ScoreRules("depth", 0.0, "median", 1e-3, 10.0, "Eigen crop, depth up to 10 m, each picture's median aligned"),
-    "ibims": ScoreRules(
-        "depth", 0.0, "median", 1e-3, 50.0, "valid depth without transparent surfaces, up to 50 m, each picture's median aligned"
-    ),
+    "ibims": ScoreRules("depth", 0.0, "median", *_ANY_DEPTH, "valid depth, no transparent surfaces, each picture's median aligned"),
 }
 OTHERS = ScoreRules("pairs", 0.0, "none", *_ANY_DEPTH, "the data set's own pairs; whole pictures")
 
@@ -76,9 +75,21 @@ def inner_box(height: int, width: int, border: float) -> tuple[slice, slice]:
     return slice(cut_rows, height - cut_rows), slice(cut_columns, width - cut_columns)
 
 
+class ClipFrames(NamedTuple):
+    """Frames of a clip that are there, in the order of time.
+
+    Attributes:
+        numbers: lines of the camera file, from 0, that they are; ascending.
+        timestamps: microseconds.
+    """
+
+    numbers: Sequence[int]
+    timestamps: Sequence[int]
+
+
 @dataclass(frozen=True)
 class ClipPair:
-    """A source frame of a clip and its targets, as indices of the clip's frames in the order of time.
+    """A source frame of a clip and its targets, as positions in :class:`ClipFrames`.
 
     Attributes:
         targets: by row (``CLIP_ROWS``).
@@ -89,82 +100,86 @@ class ClipPair:
     targets: dict[str, int]
 
 
-def draw_clip_pairs(lengths: Mapping[str, int], *, per_clip: int = PAIRS_PER_CLIP, seed: int = 0) -> list[ClipPair]:
-    """Test pairs in the manner of the published list: sources anywhere, targets that the clip has not are its last frame.
+def draw_clip_pairs(clips: Mapping[str, ClipFrames], *, per_clip: int = PAIRS_PER_CLIP, seed: int = 0) -> list[ClipPair]:
+    """Test pairs in the manner of the published list: sources anywhere; near a clip's end its last frame stands for later ones.
 
-    A clip's pairs depend on the seed and its own name and length only, not on what other clips there are.
+    A clip's pairs depend on the seed and on its own name and frames only, not on what other clips there are.
 
     Args:
-        lengths: frames per clip; clips of fewer than two give no pairs.
         per_clip: sources per clip, without repetition.
     """
     pairs = []
-    for clip, length in sorted(lengths.items()):
-        if length < 2:
-            continue
+    for clip, frames in sorted(clips.items()):
         digest = hashlib.sha256(f"{seed}/{clip}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        last = length - 1
-        for source in torch.randperm(last, generator=generator)[:per_clip].tolist():  # not the last: it has nothing after it
-            low, high = max(0, source - RANDOM_RANGE), min(last, source + RANDOM_RANGE)
-            other = low + int(torch.randint(high - low, (), generator=generator))
-            targets = {row: min(source + after, last) for row, after in AFTER.items()}
-            pairs.append(ClipPair(clip, source, {**targets, RANDOM: other + (other >= source)}))
+        drawn = 0
+        for source in torch.randperm(len(frames.numbers), generator=generator).tolist():
+            if drawn == per_clip:
+                break
+            targets = {row: _last_within(frames.numbers, source, after) for row, after in AFTER.items()}
+            if any(target is None for target in targets.values()):
+                continue
+            near = [i for i, number in enumerate(frames.numbers) if i != source and abs(number - frames.numbers[source]) <= RANDOM_RANGE]
+            other = near[int(torch.randint(len(near), (), generator=generator))]
+            pairs.append(ClipPair(clip, source, {**targets, RANDOM: other}))  # type: ignore[dict-item]
+            drawn += 1
     return pairs
 
 
-def read_clip_pairs(path: Path | str, timestamps: Mapping[str, Sequence[int]]) -> tuple[list[ClipPair], int]:
+def _last_within(numbers: Sequence[int], source: int, after: int) -> int | None:
+    """Position of the last frame that is 1 to ``after`` lines later than the source; None where there is none."""
+    later = [position for position in range(source + 1, len(numbers)) if numbers[position] - numbers[source] <= after]
+    return later[-1] if later else None
+
+
+def read_clip_pairs(path: Path | str, clips: Mapping[str, ClipFrames]) -> tuple[list[ClipPair], int]:
     """Test pairs from a file, one per line, in either of the forms in which lists are published.
 
     MINE's: a JSON object with ``sequence_id`` and ``src_img_obj``, ``tgt_img_obj_5_frames``, ``tgt_img_obj_10_frames``,
     ``tgt_img_obj_random``, each with ``frame_ts`` in microseconds (their cameras are those of the clip's own file, which is
-    read instead). Plain: ``<clip> <source> <n=5> <n=10> <random>``, indices of the clip's frames from 0.
-
-    Args:
-        timestamps: of all frames of the clips that there are, microseconds, ascending.
+    read instead). Plain: ``<clip> <source> <n=5> <n=10> <random>``, lines of the clip's camera file from 0.
 
     Returns:
         The pairs whose clip and frames there are (videos vanish), and the number of the others.
 
     Raises:
         FileNotFoundError: naming the file.
-        ValueError: naming the line that is of neither form; no pair of a file whose frames are all there is none either.
+        ValueError: naming the line that is of neither form; or no pair of the file has its frames here.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    indices = {clip: {time: index for index, time in enumerate(times)} for clip, times in timestamps.items()}
     pairs, n_missing = [], 0
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            clip, frames = _published(line, indices) if line.lstrip().startswith("{") else _plain(line, timestamps)
+            clip, attribute, wanted = _published(line) if line.lstrip().startswith("{") else _plain(line)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}:{number}: not a line of a pair list: {error!r}") from error
-        if any(frame is None for frame in frames):
-            n_missing += 1
+        there = {value: position for position, value in enumerate(getattr(clips[clip], attribute))} if clip in clips else {}
+        if all(value in there for value in wanted):
+            source, *targets = (there[value] for value in wanted)
+            pairs.append(ClipPair(clip, source, dict(zip(CLIP_ROWS, targets, strict=True))))
         else:
-            pairs.append(ClipPair(clip, frames[0], dict(zip(CLIP_ROWS, frames[1:], strict=True))))
+            n_missing += 1
     if not pairs:
         raise ValueError(f"{path}: none of its {n_missing} pairs has its clip and frames in the data set")
     return pairs, n_missing
 
 
-def _published(line: str, indices: Mapping[str, Mapping[int, int]]) -> tuple[str, list[int | None]]:
+def _published(line: str) -> tuple[str, str, list[int]]:
     entry = json.loads(line)
-    clip = entry["sequence_id"]
     times = [int(entry[key]["frame_ts"]) for key in ("src_img_obj", *(PUBLISHED_KEYS[row] for row in CLIP_ROWS))]
-    return clip, [indices.get(clip, {}).get(time) for time in times]
+    return entry["sequence_id"], "timestamps", times
 
 
-def _plain(line: str, timestamps: Mapping[str, Sequence[int]]) -> tuple[str, list[int | None]]:
-    clip, *numbers = line.split()
-    frames = [int(number) for number in numbers]
-    if len(frames) != 1 + len(CLIP_ROWS) or min(frames) < 0:
-        raise ValueError(f"expected a clip and {1 + len(CLIP_ROWS)} indices")
-    length = len(timestamps.get(clip, ()))
-    return clip, [frame if frame < length else None for frame in frames]
+def _plain(line: str) -> tuple[str, str, list[int]]:
+    clip, *words = line.split()
+    lines = [int(word) for word in words]
+    if len(lines) != 1 + len(CLIP_ROWS) or min(lines) < 0:
+        raise ValueError(f"expected a clip and {1 + len(CLIP_ROWS)} lines of its camera file, from 0")
+    return clip, "numbers", lines
 
 
 @dataclass(frozen=True)
@@ -203,10 +218,10 @@ class PairTasks:
 
     Args:
         dataset: of :class:`Pair`; where it draws (target, points) from torch's default generator, that is seeded per pair.
-        row: the pairs' name in the table.
+        row: the pairs' name in the table; None: no views, depth only.
     """
 
-    def __init__(self, dataset: Any, *, row: str, seed: int = 0) -> None:
+    def __init__(self, dataset: Any, *, row: str | None, seed: int = 0) -> None:
         self._dataset, self._row, self._seed = dataset, row, seed
 
     def __len__(self) -> int:
@@ -215,7 +230,35 @@ class PairTasks:
     def __getitem__(self, index: int) -> SourceTask:
         with seeded(self._seed, index):
             pair: Pair = self._dataset[index]
-        return SourceTask(pair.name, pair.source, pair.K_source, ((self._row, pair),), pair.source_points, pair.source_depth)
+        views = () if self._row is None else ((self._row, pair),)
+        return SourceTask(pair.name, pair.source, pair.K_source, views, pair.source_points, pair.source_depth)
+
+
+class ClipTasks:
+    """Sources of clips, each with all of its targets.
+
+    Args:
+        view: takes (clip, position of the frame) to its :class:`View`.
+        n_points: sparse points per picture, 0: none.
+    """
+
+    def __init__(self, view: Callable[[str, int], View], pairs: Sequence[ClipPair], *, n_points: int, seed: int = 0) -> None:
+        self._view, self._pairs, self._n_points, self._seed = view, pairs, n_points, seed
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> SourceTask:
+        wanted = self._pairs[index]
+        source = self._view(wanted.clip, wanted.source)
+        pairs = []
+        for row, target in wanted.targets.items():
+            with seeded(self._seed, index):  # the source's points are the same for all of its targets
+                pairs.append((row, make_pair(source, self._view(wanted.clip, target), n_points=self._n_points)))
+        first = pairs[0][1]
+        return SourceTask(
+            f"{source.scene}/{source.name}", first.source, first.K_source, tuple(pairs), first.source_points, first.source_depth
+        )
 
 
 class seeded:

@@ -11,7 +11,9 @@ from co3d_ensemble.mine.pairs import Pair
 from co3d_ensemble.mine.protocols import (
     CLIP_ROWS,
     RULES,
+    ClipFrames,
     ClipPair,
+    ClipTasks,
     PairTasks,
     draw_clip_pairs,
     evenly_spread,
@@ -19,8 +21,13 @@ from co3d_ensemble.mine.protocols import (
     read_clip_pairs,
     rules_of,
 )
+from co3d_ensemble.mine.views import View
 
-TIMES = {"aa": [1000 * frame for frame in range(40)], "bb": [7, 8]}
+TIMES = {"aa": ClipFrames(range(40), [1000 * frame for frame in range(40)]), "bb": ClipFrames([0, 1], [7, 8])}
+
+
+def clip_of(length):
+    return ClipFrames(range(length), range(length))
 
 
 def test_five_percent_of_the_sides_are_cut_off_all_around_rounded_up():
@@ -35,7 +42,7 @@ def test_five_percent_of_the_sides_are_cut_off_all_around_rounded_up():
 
 
 def test_targets_are_5_and_10_frames_after_the_source_and_one_within_30_but_the_source():
-    pairs = draw_clip_pairs({f"clip{number}": 100 for number in range(60)})
+    pairs = draw_clip_pairs({f"clip{number}": clip_of(100) for number in range(60)})
     assert len(pairs) == 300 and len({(pair.clip, pair.source) for pair in pairs}) == 300
     offsets = [pair.targets["random"] - pair.source for pair in pairs]
     assert min(offsets) >= -30 and max(offsets) <= 30 and 0 not in offsets
@@ -47,15 +54,23 @@ def test_targets_are_5_and_10_frames_after_the_source_and_one_within_30_but_the_
 
 
 def test_a_clips_pairs_depend_on_the_seed_and_on_no_other_clip():
-    alone, among = draw_clip_pairs({"aa": 50}), draw_clip_pairs({"a": 50, "aa": 50, "zz": 3})
+    alone, among = draw_clip_pairs({"aa": clip_of(50)}), draw_clip_pairs({"a": clip_of(50), "aa": clip_of(50), "zz": clip_of(3)})
     assert alone == [pair for pair in among if pair.clip == "aa"]
-    assert alone == draw_clip_pairs({"aa": 50}) and alone != draw_clip_pairs({"aa": 50}, seed=1)
+    assert alone == draw_clip_pairs({"aa": clip_of(50)}) and alone != draw_clip_pairs({"aa": clip_of(50)}, seed=1)
     assert [pair.source for pair in alone] != [pair.source for pair in among if pair.clip == "a"]
 
 
 def test_short_clips_give_what_they_have():
-    assert draw_clip_pairs({"none": 0, "one": 1}) == []
-    assert draw_clip_pairs({"two": 2}) == [ClipPair("two", 0, {"n=5": 1, "n=10": 1, "random": 1})]
+    assert draw_clip_pairs({"none": clip_of(0), "one": clip_of(1)}) == []
+    assert draw_clip_pairs({"two": clip_of(2)}) == [ClipPair("two", 0, {"n=5": 1, "n=10": 1, "random": 1})]
+
+
+def test_frames_that_are_not_there_are_no_targets_and_distances_count_lines_of_the_camera_file():
+    numbers = [0, 3, 4, 9, 60, 64]
+    (first, *rest) = sorted(draw_clip_pairs({"gaps": ClipFrames(numbers, numbers)}, per_clip=9), key=lambda pair: pair.source)
+    assert [pair.source for pair in (first, *rest)] == [0, 1, 2, 4]  # nothing within 5 lines after 9, nor after 64
+    assert first.targets["n=5"] == 2 and first.targets["n=10"] == 3 and first.targets["random"] in (1, 2, 3)
+    assert rest[-1].targets == {"n=5": 5, "n=10": 5, "random": 5}
 
 
 # Lists
@@ -127,3 +142,19 @@ def test_what_a_data_set_draws_is_the_same_every_time_and_leaves_the_generator_a
 def test_a_limit_spreads_over_all_items():
     assert evenly_spread(10, None) == evenly_spread(10, 20) == list(range(10))
     assert evenly_spread(10, 4) == [0, 3, 6, 9] and evenly_spread(10, 1) == [0] and evenly_spread(5, 5) == [0, 1, 2, 3, 4]
+
+
+def test_a_clips_source_keeps_its_points_for_all_of_its_targets():
+    def view(clip, frame):
+        picture = torch.full((3, 4, 4), frame / 10)
+        pose = {"R": torch.eye(3, dtype=torch.float64), "t": torch.tensor([float(frame), 0, 0], dtype=torch.float64)}
+        return View(
+            clip, str(frame), picture, torch.eye(3), points=torch.rand(50, 3, generator=torch.Generator().manual_seed(frame)), **pose
+        )
+
+    tasks = ClipTasks(view, [ClipPair("aa", 2, {"n=5": 7, "n=10": 9, "random": 1})], n_points=8)
+    task = tasks[0]
+    assert [row for row, _ in task.pairs] == list(CLIP_ROWS) and task.name == "aa/2" and len(tasks) == 1
+    assert [pair.t[0].item() for _, pair in task.pairs] == [5, 7, -1] and [pair.name for _, pair in task.pairs][0] == "aa/2->7"
+    assert task.points.shape == (8, 3) and all(torch.equal(pair.source_points, task.points) for _, pair in task.pairs)
+    assert torch.equal(tasks[0].points, task.points) and torch.equal(task.image, torch.full((3, 4, 4), 0.2))

@@ -1,0 +1,93 @@
+"""The data set that ``launch/evaluate_mine.py`` names, as source pictures with their views and depths."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import replace
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from co3d_ensemble.mine.protocols import (
+    RULES,
+    ClipFrames,
+    ClipTasks,
+    PairTasks,
+    ScoreRules,
+    SourceTasks,
+    draw_clip_pairs,
+    read_clip_pairs,
+    rules_of,
+)
+
+# module (imported when it is asked for, some need more than others) and class; arguments that its test split has
+_PAIRS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "generated": ("generated", "GeneratedPairs", {"first_scene": 1_000_000, "n_scenes": 20, "random_target": False}),
+    "co3d": ("co3d_pairs", "CO3DPairs", {"split": "val", "random_target": False}),
+    "realestate10k": ("realestate10k", "RealEstate10K", {"split": "test"}),
+    "kitti_raw": ("kitti_raw", "KITTIRaw", {"split": "test", "sources": "left"}),
+    "llff": ("llff", "LLFF", {"split": "val", "random_target": False}),
+    "flowers": ("flowers", "Flowers", {"split": "test", "random_target": False}),
+    "nyu_depth": ("nyu_depth", "NYUDepth", {"split": "test"}),
+    "ibims": ("ibims", "IBims", {}),
+}
+TEST_SETS = tuple(_PAIRS)
+DEPTH_ONLY = ("nyu_depth", "ibims")
+
+
+def open_test_set(dataset: str, settings: Any, run: Any) -> tuple[SourceTasks, ScoreRules, list[str]]:
+    """Opens a data set's test split at the network's size.
+
+    Args:
+        dataset: one of ``TEST_SETS``.
+        settings: an ``EvaluateConfig``.
+        run: the trained run's configuration; its data's root and options count where it was trained on this data set.
+
+    Returns:
+        The sources, how they are scored, and notes for the table.
+
+    Raises:
+        ValueError: no root, options that the data set does not have, or what it raises itself.
+    """
+    trained_on_it = run.data.kind == dataset
+    module, name, defaults = _PAIRS[dataset]
+    data_class = getattr(importlib.import_module(f"co3d_ensemble.mine.{module}"), name)
+    options: dict[str, Any] = {"height": run.data.height, "width": run.data.width, "n_points": run.data.n_points, **defaults}
+    if trained_on_it:
+        for group in (run.data.options, run.data.val_options):
+            options |= OmegaConf.to_container(group, resolve=True)  # type: ignore[arg-type]
+    if settings.scale == "none":
+        options["n_points"] = 0
+    options |= settings.options
+    root = settings.root or (run.data.root if trained_on_it else None)
+    accepted = inspect.signature(data_class).parameters
+    unknown = sorted(options.keys() - accepted.keys() | options.keys() & {"root"})
+    if unknown:
+        raise ValueError(f"options.{unknown[0]}: {name} has {', '.join(key for key in accepted if key != 'root')}")
+    if "root" in accepted:
+        if root is None:
+            raise ValueError(f"root is missing: {dataset} is read from a folder (root=FOLDER)")
+        options["root"] = root
+    pairs = data_class(**options)
+    rules = rules_of(dataset)
+    if dataset not in RULES:
+        rules = replace(rules, depth_alignment=run.evaluation.depth_alignment)
+    if dataset == "realestate10k":
+        tasks, notes = _clips(pairs, settings)
+        return tasks, rules, notes
+    return PairTasks(pairs, row=None if dataset in DEPTH_ONLY else rules.row, seed=settings.seed), rules, []
+
+
+def _clips(dataset: Any, settings: Any) -> tuple[ClipTasks, list[str]]:
+    """RealEstate10K's protocol: its targets are chosen here, the data set only loads the frames."""
+    clips = {name: ClipFrames(clip.numbers.tolist(), clip.timestamps) for name, clip in dataset.clips.items()}
+    if settings.pair_list is None:
+        pairs = draw_clip_pairs(clips, per_clip=settings.pairs_per_clip, seed=settings.seed)
+        notes = [f"pairs: drawn from {len(clips)} clips, {settings.pairs_per_clip} sources each, seed {settings.seed}"]
+        if not pairs:
+            raise ValueError(f"none of {len(clips)} clips has a frame with others within 5 lines after it")
+    else:
+        pairs, n_missing = read_clip_pairs(settings.pair_list, clips)
+        notes = [f"pairs: {len(pairs)} of {len(pairs) + n_missing} of {settings.pair_list}, the others' clips or frames are not there"]
+    return ClipTasks(dataset.clip_view, pairs, n_points=dataset.n_points, seed=settings.seed), notes

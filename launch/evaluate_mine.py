@@ -1,0 +1,46 @@
+"""Scores a trained MINE: PSNR, SSIM and LPIPS of views, depth metrics, for any numbers of planes of the same weights.
+
+    python launch/evaluate_mine.py checkpoint=outputs/mine/RUN                                # the data it was trained on
+    python launch/evaluate_mine.py checkpoint=outputs/mine/RUN planes=[16,32,64,256]
+    python launch/evaluate_mine.py checkpoint=RUN dataset=realestate10k root=/data/re10k pair_list=validation_pairs.json
+    python launch/evaluate_mine.py checkpoint=RUN dataset=kitti_raw root=/data/kitti
+    python launch/evaluate_mine.py checkpoint=RUN dataset=nyu_depth root=/data/nyu            # depth only; or dataset=ibims
+
+Takes the run's best weights (averaged). Written to <run>/evaluation/<dataset>/results.json: the means, the scores of every
+picture, and the reason wherever there is no value. The same command goes on with an interrupted evaluation.
+
+Exit codes: 0 done, 1 an error that the message explains, 2 wrong arguments, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from rich.console import Console
+
+from co3d_ensemble.config import settings_with_help
+from co3d_ensemble.mine.evaluation_run import EvaluateConfig, run_evaluation, table
+from co3d_ensemble.scripts import run_with_settings
+
+
+def show(settings: EvaluateConfig) -> int:
+    results = run_evaluation(settings)
+    Console(width=None if sys.stdout.isatty() else 160).print(table(results))
+    print(results["path"])
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    # quoted, for the parser of settings would read a name like 1e3 or [a] as a value
+    paths = ("checkpoint=", "root=", "pair_list=", "lpips_weights=", "output_dir=")
+    arguments = [
+        f"{key}={json.dumps(value)}" if key + sign in paths and value != "null" else key + sign + value
+        for key, sign, value in (argument.partition("=") for argument in arguments)
+    ]
+    listed = "\n".join(f"  {key}={default}\n      {text}" for key, default, text in settings_with_help(EvaluateConfig))
+    return run_with_settings(arguments, EvaluateConfig, f"{__doc__}\nSettings:\n\n{listed}\n", show)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
