@@ -1,0 +1,341 @@
+"""MINE as an Implicitron model: photographs with cameras in, colour, depth and mask at any other camera out.
+
+Several photographs of a scene: each target camera takes the ``n_sources`` that were taken nearest to it (:func:`camera_distance`),
+renders the multiplane image of each, and averages the pictures pixel by pixel with weights
+``valid exp(-distance / smallest distance)``: a source says nothing of pixels that it did not see (fewer than two of its planes), and
+a farther one counts less, as a multiplane image is worse the farther one moves away (Mildenhall et al., "Local Light Field
+Fusion", SIGGRAPH 2019, weigh alike). With ``n_sources`` 1, the default, the nearest photograph alone is shown: nothing is averaged,
+so nothing is blurred where two multiplane images disagree about depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pytorch3d.implicitron.models.base_model import ImplicitronModelBase, ImplicitronRender
+from pytorch3d.implicitron.models.renderer.base import EvaluationMode
+from pytorch3d.implicitron.tools.config import expand_args_fields, get_default_args, registry
+from pytorch3d.renderer.cameras import PerspectiveCameras
+from torch import Tensor
+
+from co3d_ensemble.fields.mpi_network import MPINetwork
+from co3d_ensemble.functional.cameras import opencv_from_pinhole, relative_pose
+from co3d_ensemble.functional.mpi import blend_source, render_source_view, render_target_view
+from co3d_ensemble.functional.mpi_losses import l1_loss, ssim_loss
+from co3d_ensemble.functional.mpi_sampling import fixed_disparities, stratified_disparities
+from co3d_ensemble.functional.types import SURFACE_ALPHA, Frame, PinholeCamera, RenderedView
+from co3d_ensemble.plugin.frames import area_average, pinhole_camera
+from co3d_ensemble.plugin.source_views import SourceViews
+
+LOSSES = {"loss_rgb_target": l1_loss, "loss_ssim_target": ssim_loss}
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """A photograph to render from.
+
+    Attributes:
+        rgb: in [0, 1], not masked, shape (3, H, W).
+        mask: foreground probability, shape (1, H, W), or None.
+        camera: at the photograph's size.
+    """
+
+    rgb: Tensor
+    mask: Tensor | None
+    camera: PinholeCamera
+
+
+@dataclass(frozen=True)
+class SceneMPI:
+    """The multiplane image of one photograph, with a batch dimension of 1, in the network's unit of length.
+
+    Attributes:
+        rgb, sigma, depth: as ``functional.mpi`` takes them.
+        mask: of the photograph at the planes' size, shape (1, 1, H, W), or None.
+        camera: at the planes' size, in world units.
+    """
+
+    rgb: Tensor
+    sigma: Tensor
+    depth: Tensor
+    mask: Tensor | None
+    camera: PinholeCamera
+
+
+@registry.register
+class MINEModel(ImplicitronModelBase):
+    """Component: :class:`~co3d_ensemble.fields.mpi_network.MPINetwork` and the rendering of its planes.
+
+    It renders from the source views of a batch (``forward``), or from photographs of its own (:meth:`set_sources`,
+    :meth:`render_view`), which are a part of the state dict: a checkpoint renders the same views wherever it is loaded.
+
+    With ``foreground`` and masks of the sources, what is shown is the object on black: each plane takes the mask of its own
+    photograph's pixel, as it takes that pixel's colour. What the object hides from the photograph counts as the object there.
+    Without, the scene is shown whole and the mask is the opacity.
+
+    Settings: those of the network; then
+        n_planes, near_disparity, far_disparity: the planes, in 1 / the network's unit of length; in evaluation at the centres of
+            equal intervals, in training drawn in them.
+        blend_source: what a photograph sees keeps its colours.
+        plane_chunk: planes decoded at once, for less memory.
+        longest_side: photographs are averaged down to it for the network; None: as they come.
+        n_sources: photographs that a view is rendered from, see the module.
+        foreground: see above.
+        scene_scale: world units per unit of the network, at the start; a buffer, so a checkpoint keeps its own.
+        n_train_target_views: frames of a training batch, its first ones, that are targets.
+        loss_weights: of the losses that ``forward`` computes in training.
+    """
+
+    encoder: str = "resnet50"
+    encoder_weights: str | None = None
+    n_harmonics: int = 10
+    encoding: str = "reference"
+    mode: str = "sigma"
+    poolings: int = 2
+    precision: str = "float32"
+    compile: bool = False
+    n_planes: int = 32
+    near_disparity: float = 1.0
+    far_disparity: float = 0.001
+    blend_source: bool = True
+    plane_chunk: int | None = None
+    longest_side: int | None = None
+    n_sources: int = 1
+    foreground: bool = True
+    scene_scale: float = 1.0
+    n_train_target_views: int = 1
+    loss_weights: dict[str, float] = field(default_factory=lambda: {"loss_rgb_target": 1.0, "loss_ssim_target": 1.0})
+    log_vars: list[str] = field(default_factory=lambda: ["loss_rgb_target", "loss_ssim_target", "objective", "epoch", "sec/it"])
+
+    def __post_init__(self) -> None:
+        if self.n_sources < 1 or self.n_train_target_views < 1:
+            raise ValueError(f"n_sources={self.n_sources}, n_train_target_views={self.n_train_target_views}: both must be at least 1")
+        unknown = sorted(set(self.loss_weights) - set(LOSSES))
+        if unknown:
+            raise ValueError(f"loss_weights: {', '.join(unknown)}: this model computes {', '.join(LOSSES)}")
+        fixed_disparities(self.n_planes, self.near_disparity, self.far_disparity, batch=1)  # checks them
+        self.network = MPINetwork(
+            self.encoder,
+            self.encoder_weights,
+            n_harmonics=self.n_harmonics,
+            encoding=self.encoding,
+            mode=self.mode,
+            poolings=self.poolings,
+            precision=self.precision,
+            compile=self.compile,
+        )
+        self.source_views = SourceViews([], kept=0)
+        self.register_buffer("world_unit", torch.tensor(float(self.scene_scale)))
+        self._stacks: dict[int, SceneMPI] = {}
+        self._stacks_of: Any = None
+
+    def set_sources(self, frames: Sequence[Frame], *, kept: int | None = None) -> None:
+        """The photographs that :meth:`render_view` chooses from; they replace earlier ones.
+
+        Args:
+            kept: keep at most so many, as far from each other as possible; None: all.
+        """
+        self.source_views = SourceViews(frames, kept=len(frames) if kept is None else kept).to(self.world_unit.device)
+
+    def forward(
+        self,
+        *,
+        image_rgb: Tensor | None,
+        camera: PerspectiveCameras,
+        fg_probability: Tensor | None = None,
+        mask_crop: Tensor | None = None,
+        depth_map: Tensor | None = None,
+        sequence_name: list[str] | None = None,
+        evaluation_mode: EvaluationMode = EvaluationMode.EVALUATION,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The targets of a batch from its sources.
+
+        Args:
+            image_rgb: in [0, 1], not masked, shape (B, 3, H, W): the first frame (in training the first
+                ``n_train_target_views``) is a target, the others are sources. None, or a batch without sources: the model's own
+                photographs are taken, at the size that the cameras know.
+            camera: of the B frames, PyTorch3D's.
+            fg_probability: shape (B, 1, H, W), see the class; that of targets is not looked at.
+            sequence_name: sources of other sequences than the target's are left out.
+
+        Returns:
+            ``implicitron_render`` with colour (n, 3, H, W), z (n, 1, H, W) in world units (not the distance along the ray that
+            Implicitron's renderers report) and mask (n, 1, H, W); the same as ``images_render``, ``depths_render`` and
+            ``masks_render``. In training the whole scene, with the losses against the targets' photographs over the pixels that
+            a source saw, and ``objective``, their weighted sum.
+
+        Raises:
+            ValueError: a target without any source.
+        """
+        training = evaluation_mode == EvaluationMode.TRAINING
+        n_frames = camera.R.shape[0]
+        n_targets = min(self.n_train_target_views, n_frames) if training else 1
+        if image_rgb is None:
+            sizes = [tuple(int(side) for side in camera.image_size[i]) for i in range(n_targets)]
+        else:
+            sizes = [tuple(image_rgb.shape[-2:])] * n_frames
+        cameras = [pinhole_camera(camera, i, height=height, width=width) for i, (height, width) in enumerate(sizes)]
+        views, valid = [], []
+        for i in range(n_targets):
+            sources = [
+                SourceImage(image_rgb[j], None if fg_probability is None else fg_probability[j], cameras[j])
+                for j in range(n_targets, n_frames if image_rgb is not None else 0)
+                if sequence_name is None or sequence_name[j] == sequence_name[i]
+            ]
+            view, seen = self._render_from(sources, cameras[i], training=training)
+            views.append(view)
+            valid.append(seen)
+        rendered = {name: torch.stack([getattr(view, name) for view in views]) for name in ("rgb", "depth", "mask")}
+        predictions: dict[str, Any] = {
+            "images_render": rendered["rgb"],
+            "depths_render": rendered["depth"],
+            "masks_render": rendered["mask"],
+            "implicitron_render": ImplicitronRender(
+                image_render=rendered["rgb"], depth_render=rendered["depth"], mask_render=rendered["mask"]
+            ),
+        }
+        if training and image_rgb is not None:
+            for name, loss in LOSSES.items():
+                predictions[name] = loss(rendered["rgb"], image_rgb[:n_targets], torch.stack(valid))
+            predictions["objective"] = sum(weight * predictions[name] for name, weight in self.loss_weights.items())
+        return predictions
+
+    @torch.no_grad()
+    def render_view(self, camera: PinholeCamera, chunk_rays: int | None = None) -> RenderedView:
+        """A view from the model's own photographs, at the camera's size; see :class:`RenderedView`.
+
+        The multiplane images of the last photographs are kept: neighbouring views cost no pass of the network.
+
+        Args:
+            camera: on the model's device.
+            chunk_rays: taken for the sake of the other models' interface; views are rendered plane by plane.
+
+        Raises:
+            ValueError: there is no photograph (neither ``set_sources`` nor a loaded state).
+        """
+        was_training = self.training
+        self.eval()
+        view, _ = self._render_from([], camera, training=False)
+        self.train(was_training)
+        return view
+
+    def _render_from(self, sources: Sequence[SourceImage], camera: PinholeCamera, *, training: bool) -> tuple[RenderedView, Tensor]:
+        """The view and which of its pixels a source saw, bool, (1, H, W)."""
+        own = not sources
+        available = [self.source_views.camera(i) for i in range(len(self.source_views))] if own else [s.camera for s in sources]
+        if not available:
+            raise ValueError("no photograph to render from: give source views behind the target, call set_sources, or load a state")
+        middle = self.world_unit * 2 / (self.near_disparity + self.far_disparity)
+        distances = torch.stack([camera_distance(source, camera, middle) for source in available])
+        chosen = distances.argsort(stable=True)[: self.n_sources]
+        weights = torch.exp(-distances[chosen] / distances[chosen[0]].clamp_min(torch.finfo(distances.dtype).tiny))
+        stacks = self._own_stacks(chosen.tolist()) if own else [self._stack(sources[i], training=training) for i in chosen.tolist()]
+        rendered = [self._view(stack, camera, foreground=self.foreground and not training) for stack in stacks]
+        return _blended(rendered, weights / weights.sum())
+
+    def _stack(self, source: SourceImage, *, training: bool) -> SceneMPI:
+        """One pass of encoder and decoder."""
+        height, width = source.camera.height, source.camera.width
+        scale = 1.0 if self.longest_side is None else min(1.0, self.longest_side / max(height, width))
+        size = max(1, round(height * scale)), max(1, round(width * scale))
+        camera = source.camera.resized(*size)
+        rgb_mask = [part if part is None or size == (height, width) else area_average(part, *size) for part in (source.rgb, source.mask)]
+        image, mask = (None if part is None else part[None] for part in rgb_mask)
+        draw = stratified_disparities if training else fixed_disparities
+        disparity = draw(self.n_planes, self.near_disparity, self.far_disparity, batch=1, device=image.device)
+        ((rgb, sigma),) = self.network(image, disparity, plane_chunk=self.plane_chunk, n_scales=1)
+        depth = disparity.reciprocal()
+        if self.blend_source:
+            K, _, _ = opencv_from_pinhole(camera)
+            seen = render_source_view(rgb, sigma, depth, K[None], mode=self.mode)
+            rgb = blend_source(rgb, seen.transmittance, image)
+        return SceneMPI(rgb, sigma, depth, mask, camera)
+
+    def _own_stacks(self, chosen: Sequence[int]) -> list[SceneMPI]:
+        """Of the model's photographs; those of the last call are used again while neither weights nor photographs changed."""
+        made_of = [(id(value), value._version) for value in (*self.parameters(), *self.buffers())]
+        if made_of != self._stacks_of:
+            self._stacks, self._stacks_of = {}, made_of
+        # what is not needed any more goes before anything new comes
+        self._stacks = {index: self._stacks[index] for index in chosen if index in self._stacks}
+        for index in chosen:
+            if index not in self._stacks:
+                rgb, mask = (self.source_views.rgb[index].float() / 255, self.source_views.mask[index].float() / 255)
+                self._stacks[index] = self._stack(SourceImage(rgb, mask, self.source_views.camera(index)), training=False)
+        return [self._stacks[index] for index in chosen]
+
+    def _view(self, stack: SceneMPI, camera: PinholeCamera, *, foreground: bool) -> tuple[RenderedView, Tensor]:
+        K_source, R_source, t_source = opencv_from_pinhole(stack.camera)
+        K_target, R_target, t_target = opencv_from_pinhole(camera)
+        R, t = relative_pose(R_source, t_source, R_target, t_target)
+        geometry = {
+            "K_source": K_source[None],
+            "K_target": K_target[None],
+            "R": R[None],
+            "t": t[None] / self.world_unit,
+            "height": camera.height,
+            "width": camera.width,
+            "mode": self.mode,
+        }
+        rgb = stack.rgb
+        masked = foreground and stack.mask is not None
+        if masked:
+            rgb = rgb * stack.mask[:, None]
+        view = render_target_view(rgb, stack.sigma, stack.depth, **geometry)
+        mask = view.alpha
+        if masked:
+            on_planes = stack.mask[:, None].expand(-1, rgb.shape[1], 3, -1, -1)
+            mask = render_target_view(on_planes, stack.sigma, stack.depth, **geometry).rgb[:, :1]
+        mask = mask.clamp(0, 1)
+        depth = torch.where(mask > SURFACE_ALPHA, view.depth * self.world_unit, 0)
+        return RenderedView(rgb=view.rgb.clamp(0, 1)[0], depth=depth[0], mask=mask[0]), view.valid[0]
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._stacks, self._stacks_of = {}, None  # they would stay behind on the old device
+        return super()._apply(*args, **kwargs)
+
+
+def camera_distance(source: PinholeCamera, target: PinholeCamera, depth: Tensor | float) -> Tensor:
+    """How far a view is from another, in radians: by how much points at ``depth`` move, plus the angle between the views.
+
+    Args:
+        depth: where the scene is, in world units.
+    """
+    R, t = relative_pose(source.R.T, source.T, target.R.T, target.T)
+    # 2 asin(|R - 1| / sqrt(8)) is the angle of a rotation, accurate near 0
+    angle = 2 * torch.asin(((R - torch.eye(3, dtype=R.dtype, device=R.device)).norm() / 8**0.5).clamp(max=1))
+    return t.norm() / depth + angle
+
+
+def build_mine_model(**settings: Any) -> MINEModel:
+    """A :class:`MINEModel` with Implicitron's defaults overridden.
+
+    Raises:
+        ValueError: a setting that the model does not have, or one out of its range.
+    """
+    expand_args_fields(MINEModel)
+    known = get_default_args(MINEModel)
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ValueError(f"MINEModel has no setting {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
+    return MINEModel(**settings)
+
+
+def _blended(rendered: Sequence[tuple[RenderedView, Tensor]], weights: Tensor) -> tuple[RenderedView, Tensor]:
+    """The average of views over those of their pixels that are valid; what none of them saw is empty."""
+    if len(rendered) == 1:
+        return rendered[0]
+    valid = torch.stack([seen for _, seen in rendered])
+    share = weights.view(-1, 1, 1, 1) * valid
+    share = share / share.sum(dim=0).clamp_min(torch.finfo(share.dtype).tiny)
+    rgb, depth, mask = (torch.stack([getattr(view, name) for view, _ in rendered]) for name in ("rgb", "depth", "mask"))
+    surface = share * mask * (depth > 0)
+    total = (share * mask).sum(dim=0)
+    weight = surface.sum(dim=0)
+    z = (surface * depth).sum(dim=0) / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+    blended = RenderedView(rgb=(share * rgb).sum(dim=0), depth=torch.where(total > SURFACE_ALPHA, z, 0), mask=total)
+    return blended, valid.any(dim=0)
