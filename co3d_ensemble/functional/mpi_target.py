@@ -14,8 +14,6 @@ warp alone). A GPU wants few launches: a quarter of the planes at a time, compos
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,10 +30,11 @@ Rendered = tuple[Tensor, Tensor, Tensor, Tensor]
 def render_planes(rgb: Tensor, sigma: Tensor, hits: PlaneHits, *, mode: str, chunk: int | None = None) -> Rendered:
     """With the warped planes computed again in the backward pass; differentiable once, in rgb and sigma only."""
     hits = PlaneHits(**{name: value.detach() for name, value in vars(hits).items()})
+    parts = _chunks(hits, chunk)
     if torch.is_grad_enabled() and (rgb.requires_grad or sigma.requires_grad):
-        return _RenderPlanes.apply(rgb, sigma, hits, mode, chunk)
+        return _RenderPlanes.apply(rgb, sigma, hits, mode, parts)
     with torch.no_grad():
-        return _forward(rgb, sigma, hits, mode, chunk, starts=None)
+        return _forward(rgb, sigma, hits, mode, parts, starts=None)
 
 
 def render_planes_stored(rgb: Tensor, sigma: Tensor, hits: PlaneHits, *, mode: str, chunk: int | None = None) -> Rendered:
@@ -58,11 +57,11 @@ class _RenderPlanes(torch.autograd.Function):
     """Keeps the arguments and one map per chunk: the light that reaches it."""
 
     @staticmethod
-    def forward(ctx, rgb: Tensor, sigma: Tensor, hits: PlaneHits, mode: str, chunk: int | None) -> Rendered:
+    def forward(ctx, rgb: Tensor, sigma: Tensor, hits: PlaneHits, mode: str, parts: list[slice]) -> Rendered:
         starts: list[Tensor] = []
-        result = _forward(rgb, sigma, hits, mode, chunk, starts)
+        result = _forward(rgb, sigma, hits, mode, parts, starts)
         ctx.save_for_backward(rgb, sigma, *vars(hits).values(), *starts)
-        ctx.mode, ctx.chunk = mode, chunk
+        ctx.mode, ctx.parts = mode, parts
         ctx.mark_non_differentiable(result[3])
         return result
 
@@ -72,14 +71,14 @@ class _RenderPlanes(torch.autograd.Function):
         rgb, sigma, *rest = ctx.saved_tensors
         n_fields = len(PlaneHits.__dataclass_fields__)
         hits = PlaneHits(*rest[:n_fields])
-        rgb_grad, sigma_grad = _backward(rgb, sigma, hits, ctx.mode, ctx.chunk, rest[n_fields:], upstream)
+        rgb_grad, sigma_grad = _backward(rgb, sigma, hits, ctx.mode, ctx.parts, rest[n_fields:], upstream)
         return rgb_grad, sigma_grad, None, None, None
 
 
-def _forward(rgb: Tensor, sigma: Tensor, hits: PlaneHits, mode: str, chunk: int | None, starts: list[Tensor] | None) -> Rendered:
+def _forward(rgb: Tensor, sigma: Tensor, hits: PlaneHits, mode: str, parts: list[slice], starts: list[Tensor] | None) -> Rendered:
     along, count, passing = torch.zeros_like(hits.length), torch.zeros_like(hits.length), torch.ones_like(hits.length)
     rgb_sum = hits.length.new_zeros(hits.length.shape[0], 3, *hits.length.shape[2:])
-    for part in _chunks(hits, chunk):
+    for part in parts:
         if starts is not None:
             starts.append(passing)
         colour, value, seen, reach = _meet(rgb, sigma, hits, part)
@@ -108,19 +107,24 @@ def _backward(
     sigma: Tensor,
     hits: PlaneHits,
     mode: str,
-    chunk: int | None,
+    parts: list[slice],
     starts: list[Tensor],
     upstream: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor]:
-    """Back to front. With ``v_i`` what a unit of weight on plane i is worth and ``behind_i`` what the light that passes plane i
+    """Gradients of rgb and sigma, back to front.
 
-    earns behind it, ``d / d alpha_i = T_i (v_i - behind_i)`` and ``behind_{i-1} = alpha_i v_i + (1 - alpha_i) behind_i``. No
-    division: planes of opacity 1 have their exact gradient.
+    With ``v_i`` what a unit of weight on plane i is worth, and ``behind_i`` what a unit of light that has passed plane i earns,
+    ``d / d alpha_i = T_i (v_i - behind_i)`` and ``behind_{i-1} = alpha_i v_i + (1 - alpha_i) behind_i``. There is no division:
+    planes of opacity 1 have their exact gradient.
     """
     rgb_up, along_up, passing_up, _ = upstream
-    rgb_grad, sigma_grad = torch.zeros_like(rgb), torch.zeros_like(sigma)
+    rgb_grad, sigma_grad = torch.empty_like(rgb), torch.empty_like(sigma)
+    first, last = (parts[0].start, parts[-1].stop) if parts else (0, 0)
+    for gradient in (rgb_grad, sigma_grad):
+        gradient[:, :first] = 0  # planes that no pixel meets
+        gradient[:, last:] = 0
     behind = passing_up
-    for part, start in reversed(list(zip(_chunks(hits, chunk), starts))):
+    for part, start in zip(reversed(parts), reversed(starts)):
         with torch.enable_grad():
             planes = _together(rgb, sigma, hits, part).requires_grad_()
             grid, seen, reach = _positions(hits, part)
@@ -144,7 +148,7 @@ def _backward(
     return rgb_grad, sigma_grad
 
 
-def _chunks(hits: PlaneHits, chunk: int | None) -> Iterator[slice]:
+def _chunks(hits: PlaneHits, chunk: int | None) -> list[slice]:
     batch, n_planes = hits.ahead.shape
     device = hits.ahead.device
     first, last = _met(hits) if device.type == "cpu" else (0, n_planes)
@@ -154,7 +158,7 @@ def _chunks(hits: PlaneHits, chunk: int | None) -> Iterator[slice]:
             chunk = max(-(-torch.get_num_threads() // batch), CPU_CHUNK_PIXELS // max(1, pixels), 1)
         else:
             chunk = max(MIN_GPU_CHUNK, -(-n_planes // GPU_CHUNKS))
-    return (slice(start, min(start + chunk, last)) for start in range(first, last, chunk))
+    return [slice(start, min(start + chunk, last)) for start in range(first, last, chunk)]
 
 
 def _met(hits: PlaneHits) -> tuple[int, int]:

@@ -106,7 +106,7 @@ def plane_hits(
 ) -> PlaneHits:
     """Meets the rays of all target pixels with all planes.
 
-    Computed in float64 (where the device has it) and rounded to ``dtype`` at the end: the cost is that of one plane's warp.
+    Positions are computed in float64 (where the device has it) and rounded to ``dtype`` at the end: it is done once for all planes.
 
     Args:
         K_source, K_target, R, t, depth: as in :func:`plane_homographies`.
@@ -115,25 +115,25 @@ def plane_hits(
     with _full_precision(K_source):
         wide = torch.float32 if depth.device.type == "mps" else torch.float64
         K_source, K_target, R, t, depth = (value.to(wide) for value in (K_source, K_target, R, t, depth))
-        rays = pixel_directions(K_target, *target_size)
-        turned = torch.einsum("bji,bjhw->bihw", R, rays)
-        norm = rays.norm(dim=1, keepdim=True)
-        runs_with = turned[:, 2:] > GRAZING * norm
-        rise = torch.where(runs_with, turned[:, 2:], torch.ones_like(norm))
-        center = -(R.transpose(1, 2) @ t[:, :, None])[:, :, 0]
         half = depth.new_tensor(source_size).flip(0) / 2  # (width, height) / 2
         focal = K_source[:, :2, :2] / half[:, None]
-        principal = K_source[:, :2, 2] / half - 1
-        positions = torch.einsum("bij,bjhw->bihw", focal, turned[:, :2] / rise) + principal[:, :, None, None]
-        ahead = depth - center[:, 2:]
+        principal = (K_source[:, :2, 2] / half - 1)[..., None]
+        center = -R.transpose(1, 2) @ t[:, :, None]
+        turned = R.transpose(1, 2) @ inverse_intrinsics(K_target)  # pixels (x, y, 1) to u
+        numerators = focal @ turned[:, :2] + principal * turned[:, 2:]
+        products = _linear(torch.cat((numerators, turned[:, 2:]), dim=1), *target_size)
+        norm = pixel_directions(K_target, *target_size, dtype=dtype).square().sum(dim=1, keepdim=True).sqrt()
+        runs_with = products[:, 2:] > GRAZING * norm
+        advance = torch.where(runs_with, products[:, 2:], 1.0).reciprocal()
+        ahead = depth - center[:, 2]
         in_front = ahead > 0
-        epipole = (focal @ center[:, :2, None])[:, :, 0] + principal * center[:, 2:]
+        epipole = (focal @ center[:, :2] + principal * center[:, 2:])[..., 0]
         hits = PlaneHits(
-            positions=torch.where(runs_with, positions, NOWHERE),
+            positions=torch.where(runs_with, products[:, :2] * advance, NOWHERE),
             scale=torch.where(in_front, ahead / depth, 1.0),
             shift=torch.where(in_front[..., None], epipole[:, None] / depth[..., None], NOWHERE),
-            advance=1 / rise,
-            length=norm / rise,
+            advance=advance,
+            length=norm * advance,
             ahead=ahead,
             spacing=F.pad(depth.diff(dim=1), (0, 1)),
             rest=F.pad(torch.zeros_like(depth[:, 1:]), (0, 1), value=LAST_DISTANCE),
@@ -141,12 +141,17 @@ def plane_hits(
         return PlaneHits(**{entry.name: getattr(hits, entry.name).to(dtype) for entry in fields(PlaneHits)})
 
 
-def pixel_directions(K: Tensor, height: int, width: int) -> Tensor:
+def pixel_directions(K: Tensor, height: int, width: int, *, dtype: torch.dtype | None = None) -> Tensor:
     """``K^-1 (x, y, 1)`` of every pixel centre: (B, 3, height, width), the z component 1. Equation (3) at z = 1."""
-    x = torch.arange(width, device=K.device, dtype=K.dtype) + 0.5
-    y = torch.arange(height, device=K.device, dtype=K.dtype) + 0.5
-    inverse = inverse_intrinsics(K)[:, :, :, None, None]
-    return inverse[:, :, 0] * x + inverse[:, :, 1] * y[:, None] + inverse[:, :, 2]
+    return _linear(inverse_intrinsics(K).to(dtype or K.dtype), height, width)
+
+
+def _linear(matrices: Tensor, height: int, width: int) -> Tensor:
+    """``M (x, y, 1)`` of every pixel centre, for matrices (B, 3, 3): (B, 3, height, width)."""
+    x = torch.arange(width, device=matrices.device, dtype=matrices.dtype) + 0.5
+    y = torch.arange(height, device=matrices.device, dtype=matrices.dtype) + 0.5
+    columns = matrices[..., None, None]
+    return columns[:, :, 0] * x + (columns[:, :, 1] * y[:, None] + columns[:, :, 2])
 
 
 def _axis(like: Tensor) -> Tensor:
