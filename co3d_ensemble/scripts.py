@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -62,6 +63,12 @@ def reported(action: Callable[[], int]) -> int:
             raise
         print("interrupted: the same command goes on", file=sys.stderr)
         return INTERRUPTED
+
+
+def quoted(arguments: Sequence[str], keys: Collection[str]) -> list[str]:
+    """``key=value`` arguments with the values of ``keys`` quoted: the parser would read a file named 1e3 or [a] as a value."""
+    parts = [argument.partition("=") for argument in arguments]
+    return [f"{key}={json.dumps(value)}" if sign and key in keys and value != "null" else key + sign + value for key, sign, value in parts]
 
 
 def run_with_settings(arguments: list[str], schema: type, document: str, action: Callable[[Any], int]) -> int:

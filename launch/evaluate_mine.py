@@ -14,14 +14,16 @@ Exit codes: 0 done, 1 an error that the message explains, 2 wrong arguments, 130
 
 from __future__ import annotations
 
-import json
 import sys
 
 from rich.console import Console
 
 from co3d_ensemble.config import settings_with_help
-from co3d_ensemble.mine.evaluation_run import EvaluateConfig, run_evaluation, table
-from co3d_ensemble.scripts import run_with_settings
+from co3d_ensemble.mine.evaluation_run import EvaluateConfig, run_evaluation
+from co3d_ensemble.mine.evaluation_table import table
+from co3d_ensemble.scripts import quoted, run_with_settings
+
+PATHS = ("checkpoint", "root", "pair_list", "lpips_weights", "output_dir")
 
 
 def show(settings: EvaluateConfig) -> int:
@@ -32,14 +34,8 @@ def show(settings: EvaluateConfig) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    # quoted, for the parser of settings would read a name like 1e3 or [a] as a value
-    paths = ("checkpoint=", "root=", "pair_list=", "lpips_weights=", "output_dir=")
-    arguments = [
-        f"{key}={json.dumps(value)}" if key + sign in paths and value != "null" else key + sign + value
-        for key, sign, value in (argument.partition("=") for argument in arguments)
-    ]
     listed = "\n".join(f"  {key}={default}\n      {text}" for key, default, text in settings_with_help(EvaluateConfig))
-    return run_with_settings(arguments, EvaluateConfig, f"{__doc__}\nSettings:\n\n{listed}\n", show)
+    return run_with_settings(quoted(arguments, PATHS), EvaluateConfig, f"{__doc__}\nSettings:\n\n{listed}\n", show)
 
 
 if __name__ == "__main__":

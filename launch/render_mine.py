@@ -14,12 +14,13 @@ Exit codes: 0 done, 1 an error that the message explains, 2 wrong arguments, 130
 
 from __future__ import annotations
 
-import json
 import sys
 
 from co3d_ensemble.config import settings_with_help
 from co3d_ensemble.mine.render_photo import RenderConfig, render_photo
-from co3d_ensemble.scripts import run_with_settings
+from co3d_ensemble.scripts import quoted, run_with_settings
+
+PATHS = ("image", "checkpoint", "output_dir")
 
 
 def show(settings: RenderConfig) -> int:
@@ -32,14 +33,8 @@ def show(settings: RenderConfig) -> int:
 
 
 def main(arguments: list[str]) -> int:
-    # quoted, for the parser of settings would read a name like 1e3 or [a] as a value
-    paths = ("image=", "checkpoint=", "output_dir=")
-    arguments = [
-        f"{key}={json.dumps(value)}" if (key + sign) in paths else key + sign + value
-        for key, sign, value in (argument.partition("=") for argument in arguments)
-    ]
     listed = "\n".join(f"  {key}={default}\n      {text}" for key, default, text in settings_with_help(RenderConfig))
-    return run_with_settings(arguments, RenderConfig, f"{__doc__}\nSettings:\n\n{listed}\n", show)
+    return run_with_settings(quoted(arguments, PATHS), RenderConfig, f"{__doc__}\nSettings:\n\n{listed}\n", show)
 
 
 if __name__ == "__main__":

@@ -9,17 +9,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from co3d_ensemble.mine.protocols import (
-    RULES,
-    ClipFrames,
-    ClipTasks,
-    PairTasks,
-    ScoreRules,
-    SourceTasks,
-    draw_clip_pairs,
-    read_clip_pairs,
-    rules_of,
-)
+from co3d_ensemble.mine.clip_pairs import ClipFrames, draw_clip_pairs, read_clip_pairs
+from co3d_ensemble.mine.protocols import RULES, ClipTasks, PairTasks, ScoreRules, SourceTasks, rules_of
 
 # module (imported when it is asked for, some need more than others) and class; arguments that its test split has
 _PAIRS: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""An evaluation as a command: settings, a results file that an interrupted one goes on from, and its table."""
+"""An evaluation as a command: its settings, and a results file that an interrupted one goes on from."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 from tqdm import tqdm
 
 from co3d_ensemble.challenge.lpips import BACKBONES, load_lpips
@@ -23,9 +20,10 @@ from co3d_ensemble.config import setting
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.depth_metrics import ALIGNMENTS
 from co3d_ensemble.mine.assembly import load_trained_mine
-from co3d_ensemble.mine.evaluation import DEPTH_METRICS, SCALES, VIEW_METRICS, PlaneSampling, Record, Scoring, evaluate, summarise
+from co3d_ensemble.mine.clip_pairs import PAIRS_PER_CLIP
+from co3d_ensemble.mine.evaluation import SCALES, PlaneSampling, Record, Scoring, evaluate, summarise
 from co3d_ensemble.mine.evaluation_data import TEST_SETS, open_test_set
-from co3d_ensemble.mine.protocols import PAIRS_PER_CLIP, ScoreRules, evenly_spread
+from co3d_ensemble.mine.protocols import ScoreRules, evenly_spread
 from co3d_ensemble.rendering import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -38,21 +36,6 @@ _TRANSLATIONS = {
     "auto": "divided by the scale of the source's sparse points where there are any",
     "points": "divided by the scale of the source's sparse points",
     "none": "as the data set has them",
-}
-_HEADINGS = {
-    "psnr": "PSNR",
-    "ssim": "SSIM",
-    "lpips": "LPIPS",
-    "psnr_valid": "PSNR valid",
-    "valid_share": "valid",
-    "abs_rel": "Abs Rel",
-    "sq_rel": "Sq Rel",
-    "rmse": "RMSE",
-    "rmse_log": "RMSE log",
-    "log10": "log10",
-    "delta_1": "< 1.25",
-    "delta_2": "< 1.25^2",
-    "delta_3": "< 1.25^3",
 }
 
 
@@ -232,41 +215,3 @@ def _kept(path: Path, head: Mapping[str, Any], indices: Sequence[int], known: Ma
     finally:
         if pictures:
             save()
-
-
-def table(results: Mapping[str, Any]) -> RenderableType:
-    """The tables of views and of depth, a line per kind of pairs and number of planes, then what has to be known about them."""
-    rows = results["results"]
-    parts: list[RenderableType] = []
-    notes: dict[str, None] = {}
-    views = {name: by for name, by in rows.items() if name != "depth"}
-    for title, metrics, groups in (
-        ("views", VIEW_METRICS, views),
-        ("depth", DEPTH_METRICS, {k: v for k, v in rows.items() if k == "depth"}),
-    ):
-        if not groups:
-            continue
-        shown = Table(title=title, title_justify="left")
-        if title == "views":
-            shown.add_column("pairs")
-        for heading in ("planes", "pictures", *(_HEADINGS[metric] for metric in metrics)):
-            shown.add_column(heading, justify="right", no_wrap=True)
-        for name, by in groups.items():
-            for count, means in by.items():
-                cells = [_number(metric, means[metric]) for metric in metrics]
-                shown.add_row(*([name] if title == "views" else []), count, str(means["n"]), *cells)
-                notes |= dict.fromkeys(f"{_HEADINGS.get(metric, metric)}: {reason}" for metric, reason in means["reasons"].items())
-        parts.append(shown)
-    protocol = results["protocol"]
-    about = [f"PSNR: {protocol['psnr']}", f"translations: {protocol['translations']}"] if views else []
-    notes = dict.fromkeys([protocol["text"], *about]) | notes
-    if "depth" in rows:
-        notes |= {f"depth alignment: {protocol['depth_alignment']}": None}
-    notes |= dict.fromkeys(results["notes"])
-    return Group(*parts, *(Text(f"- {note}") for note in notes))
-
-
-def _number(metric: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if metric.startswith("psnr") else f"{value:.1%}" if metric == "valid_share" else f"{value:.4f}"

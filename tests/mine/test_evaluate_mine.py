@@ -243,3 +243,11 @@ def test_ibims_gives_a_depth_table_and_no_views(run, tmp_path, capsys):
     assert record["name"] == "ibims1/room_01" and record["scale"] != 1 and results["protocol"]["depth_alignment"] == "median"
     shown = capsys.readouterr().out
     assert "Abs Rel" in shown and "PSNR" not in shown and "depth alignment: median" in shown
+
+
+def test_the_same_weights_serve_16_to_256_planes(run, tmp_path):
+    assert evaluate(run, tmp_path, "planes=[16,32,64,256]", "plane_chunk=32", "max_pictures=1") == 0
+    results = stored(tmp_path)["results"]
+    assert list(results["pairs"]) == list(results["depth"]) == ["16", "32", "64", "256"]
+    assert all(means["psnr"] > 3 and means["ssim"] is not None for means in results["pairs"].values())
+    assert all(means["abs_rel"] > 0 for means in results["depth"].values())
