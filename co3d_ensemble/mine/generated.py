@@ -8,7 +8,7 @@ made when they are first asked for.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -96,7 +96,7 @@ class GeneratedPairs(Dataset[Pair]):
         self.n_scenes, self.first_scene, self.n_views, self.seed = n_scenes, first_scene, n_views, seed
         self.height, self.width, self.supersample = height, width, supersample
         self.n_points, self.random_target, self.shuffle_looks = n_points, random_target, shuffle_looks
-        self._scenes: dict[int, list[View]] = {}
+        self._scenes: dict[int, tuple[Scene, Tensor]] = {}
 
     def __len__(self) -> int:
         return self.n_scenes * self.n_views
@@ -106,21 +106,32 @@ class GeneratedPairs(Dataset[Pair]):
             raise IndexError(f"pair {index} of {len(self)}")
         scene, source = divmod(index, self.n_views)
         step = 1 + int(torch.randint(self.n_views - 1, ())) if self.random_target else 1
-        views = self._views(scene)
-        return make_pair(views[source], views[(source + step) % self.n_views], n_points=self.n_points)
+        views = (self.view(scene, v) for v in (source, (source + step) % self.n_views))
+        return make_pair(*views, n_points=self.n_points)
 
-    def _views(self, scene: int) -> list[View]:
+    def view(self, scene: int, index: int) -> View:
+        """View ``index`` of scene ``scene``, both from 0."""
         if scene not in self._scenes:
             self._scenes[scene] = self._photographed(self.first_scene + scene)
-        return self._scenes[scene]
+        plan, pictures = self._scenes[scene]
+        depth = plan.depth[index]
+        return View(
+            f"generated_{self.seed}_{self.first_scene + scene}",
+            str(index),
+            pictures[index].float() / 255,
+            plan.views.K,
+            plan.views.R[index],
+            plan.views.t[index],
+            points=_every_pixel(depth),
+            depth=depth,
+        )
 
-    def _photographed(self, index: int) -> list[View]:
-        scene = plan_scene(index, seed=self.seed, n_views=self.n_views, height=self.height, width=self.width)
-        room = with_shuffled_looks(scene.room) if self.shuffle_looks else scene.room
-        pictures = photograph(room, scene.views, supersample=self.supersample)
-        depth, name = scene.depth.float(), f"generated_{self.seed}_{index}"
-        R, t, K = scene.views.R, scene.views.t, scene.views.K
-        return [View(name, str(v), pictures[v], K, R[v], t[v], points=_every_pixel(depth[v]), depth=depth[v]) for v in range(self.n_views)]
+    def _photographed(self, index: int) -> tuple[Scene, Tensor]:
+        """The scene and its pictures, in 8 bits as photographs are; few bytes, for all that were asked for stay in memory."""
+        plan = plan_scene(index, seed=self.seed, n_views=self.n_views, height=self.height, width=self.width)
+        room = with_shuffled_looks(plan.room) if self.shuffle_looks else plan.room
+        pictures = photograph(room, plan.views, supersample=self.supersample)
+        return replace(plan, depth=plan.depth.float()), (pictures * 255).round().to(torch.uint8)
 
 
 def plan_scene(index: int, *, seed: int, n_views: int, height: int, width: int) -> Scene:
