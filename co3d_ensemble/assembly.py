@@ -22,7 +22,9 @@ from co3d_ensemble.fields.vm_field import PENALTIES
 from co3d_ensemble.functional.types import Frame
 from co3d_ensemble.functional.visual_hull import candidate_box, grid_resolution, visual_hull
 from co3d_ensemble.plugin.frames import load_frames
+from co3d_ensemble.plugin.implicitron_args import plain
 from co3d_ensemble.plugin.implicitron_model import ImplicitronModel
+from co3d_ensemble.plugin.mine_model import MINEModel, build_mine_model
 from co3d_ensemble.plugin.model import ObjectModel, build_nerf
 from co3d_ensemble.plugin.source_views import SourceSettings
 from co3d_ensemble.plugin.tensorf_model import build_tensorf
@@ -120,8 +122,12 @@ def load_frame(config: Any, record: FrameRecord, *, with_depth: bool = True) -> 
     return frame
 
 
-def build_model(config: Any, scene: Scene) -> ObjectModel | ImplicitronModel:
+def build_model(config: Any, scene: Scene) -> ObjectModel | ImplicitronModel | MINEModel:
     """The experiment's untrained model for a scene; weights come from torch's default generator."""
+    if _is_mine(config):
+        model = build_mine_model(**_mine_settings(config.model.implicitron))
+        model.set_sources(scene.train, kept=config.model.implicitron.kept_photographs)
+        return model
     if config.model.kind == "implicitron":
         height, width = scene.train[0].camera.height, scene.train[0].camera.width
         center, radius = scene.box.mean(dim=0), (scene.box[1] - scene.box[0]).norm() / 2
@@ -143,6 +149,17 @@ def build_model(config: Any, scene: Scene) -> ObjectModel | ImplicitronModel:
 def _implicitron_model(spec: Any, **scene: Any) -> ImplicitronModel:
     settings = SourceSettings(views=spec.source_views, min_views=spec.min_source_views, kept=spec.kept_photographs)
     return ImplicitronModel(spec.model_class_type, spec.args, source_settings=settings, precision=spec.precision, **scene)
+
+
+def _is_mine(config: Any) -> bool:
+    """Whether the model is MINE, which is an Implicitron model, too, but renders and trains by itself: no adapter stands before it."""
+    return config.model.kind == "implicitron" and config.model.implicitron.model_class_type == MINEModel.__name__
+
+
+def _mine_settings(spec: Any, *, trained: bool = False) -> dict[str, Any]:
+    """``MINEModel``'s settings; those of a trained one without the files that it started from, which may be gone."""
+    settings = {"encoder_weights": spec.encoder_weights, "precision": spec.precision, **plain(spec.args)}
+    return settings | ({"checkpoint": None, "encoder_weights": None} if trained else {})
 
 
 def _penalties(training: Any) -> list[str]:
@@ -178,10 +195,12 @@ def make_task(config: Any, training: Any, scene: Scene, device: torch.device) ->
     )
 
 
-def model_of_state(config: Any, state: dict[str, Tensor]) -> ObjectModel | ImplicitronModel:
+def model_of_state(config: Any, state: dict[str, Tensor]) -> ObjectModel | ImplicitronModel | MINEModel:
     """An untrained model that the state dict of a trained one fits, without reading the data set."""
     if config.model.kind == "implicitron":
         spec = OmegaConf.merge(OmegaConf.structured(ImplicitronModelConfig), config.model.implicitron)  # of older runs, too
+        if _is_mine(config):
+            return build_mine_model(**_mine_settings(spec, trained=True))
         return _implicitron_model(spec, render_size=(64, 64))
     model = OmegaConf.merge(OmegaConf.structured(ModelConfig), config.model)
     if model.kind == "tensorf":

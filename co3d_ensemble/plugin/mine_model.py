@@ -10,8 +10,10 @@ so nothing is blurred where two multiplane images disagree about depth.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,41 +30,10 @@ from co3d_ensemble.functional.mpi_losses import l1_loss, ssim_loss
 from co3d_ensemble.functional.mpi_sampling import fixed_disparities, stratified_disparities
 from co3d_ensemble.functional.types import SURFACE_ALPHA, Frame, PinholeCamera, RenderedView
 from co3d_ensemble.plugin.frames import area_average, pinhole_camera
-from co3d_ensemble.plugin.source_views import SourceViews
+from co3d_ensemble.plugin.mine_views import SceneMPI, SourceImage, blended_views, camera_distance
+from co3d_ensemble.plugin.source_views import SourceSettings, SourceViews
 
 LOSSES = {"loss_rgb_target": l1_loss, "loss_ssim_target": ssim_loss}
-
-
-@dataclass(frozen=True)
-class SourceImage:
-    """A photograph to render from.
-
-    Attributes:
-        rgb: in [0, 1], not masked, shape (3, H, W).
-        mask: foreground probability, shape (1, H, W), or None.
-        camera: at the photograph's size.
-    """
-
-    rgb: Tensor
-    mask: Tensor | None
-    camera: PinholeCamera
-
-
-@dataclass(frozen=True)
-class SceneMPI:
-    """The multiplane image of one photograph, with a batch dimension of 1, in the network's unit of length.
-
-    Attributes:
-        rgb, sigma, depth: as ``functional.mpi`` takes them.
-        mask: of the photograph at the planes' size, shape (1, 1, H, W), or None.
-        camera: at the planes' size, in world units.
-    """
-
-    rgb: Tensor
-    sigma: Tensor
-    depth: Tensor
-    mask: Tensor | None
-    camera: PinholeCamera
 
 
 @registry.register
@@ -77,6 +48,7 @@ class MINEModel(ImplicitronModelBase):
     Without, the scene is shown whole and the mask is the opacity.
 
     Settings: those of the network; then
+        checkpoint: ``best.pt`` of a run of MINE, whose network this one starts as.
         n_planes, near_disparity, far_disparity: the planes, in 1 / the network's unit of length; in evaluation at the centres of
             equal intervals, in training drawn in them.
         blend_source: what a photograph sees keeps its colours.
@@ -91,6 +63,7 @@ class MINEModel(ImplicitronModelBase):
 
     encoder: str = "resnet50"
     encoder_weights: str | None = None
+    checkpoint: str | None = None
     n_harmonics: int = 10
     encoding: str = "reference"
     mode: str = "sigma"
@@ -127,6 +100,8 @@ class MINEModel(ImplicitronModelBase):
             precision=self.precision,
             compile=self.compile,
         )
+        if self.checkpoint is not None:
+            load_network(self.network, self.checkpoint)
         self.source_views = SourceViews([], kept=0)
         self.register_buffer("world_unit", torch.tensor(float(self.scene_scale)))
         self._stacks: dict[int, SceneMPI] = {}
@@ -204,6 +179,25 @@ class MINEModel(ImplicitronModelBase):
             predictions["objective"] = sum(weight * predictions[name] for name, weight in self.loss_weights.items())
         return predictions
 
+    @property
+    def source_settings(self) -> SourceSettings:
+        """A training step has as many sources as a view is rendered from."""
+        return SourceSettings(views=self.n_sources, min_views=self.n_sources, kept=max(1, len(self.source_views)))
+
+    @property
+    def n_targets(self) -> int:
+        """Frames of a batch, its first ones, that ``losses`` renders."""
+        return self.n_train_target_views
+
+    def rays_per_step(self, frames_per_step: int) -> int:
+        """Pixels that ``losses`` renders for a batch of so many target frames of the size of the model's own photographs."""
+        return min(frames_per_step, self.n_targets) * self.source_views.rgb[0, 0].numel() if len(self.source_views) else 0
+
+    def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The losses of :meth:`forward` in training, unweighted, as :class:`ImplicitronModel` gives its own."""
+        predictions = self(**batch, evaluation_mode=EvaluationMode.TRAINING)
+        return {name: predictions[name] for name in LOSSES}
+
     @torch.no_grad()
     def render_view(self, camera: PinholeCamera, chunk_rays: int | None = None) -> RenderedView:
         """A view from the model's own photographs, at the camera's size; see :class:`RenderedView`.
@@ -235,7 +229,7 @@ class MINEModel(ImplicitronModelBase):
         weights = torch.exp(-distances[chosen] / distances[chosen[0]].clamp_min(torch.finfo(distances.dtype).tiny))
         stacks = self._own_stacks(chosen.tolist()) if own else [self._stack(sources[i], training=training) for i in chosen.tolist()]
         rendered = [self._view(stack, camera, foreground=self.foreground and not training) for stack in stacks]
-        return _blended(rendered, weights / weights.sum())
+        return blended_views(rendered, weights / weights.sum())
 
     def _stack(self, source: SourceImage, *, training: bool) -> SceneMPI:
         """One pass of encoder and decoder."""
@@ -299,18 +293,6 @@ class MINEModel(ImplicitronModelBase):
         return super()._apply(*args, **kwargs)
 
 
-def camera_distance(source: PinholeCamera, target: PinholeCamera, depth: Tensor | float) -> Tensor:
-    """How far a view is from another, in radians: by how much points at ``depth`` move, plus the angle between the views.
-
-    Args:
-        depth: where the scene is, in world units.
-    """
-    R, t = relative_pose(source.R.T, source.T, target.R.T, target.T)
-    # 2 asin(|R - 1| / sqrt(8)) is the angle of a rotation, accurate near 0
-    angle = 2 * torch.asin(((R - torch.eye(3, dtype=R.dtype, device=R.device)).norm() / 8**0.5).clamp(max=1))
-    return t.norm() / depth + angle
-
-
 def build_mine_model(**settings: Any) -> MINEModel:
     """A :class:`MINEModel` with Implicitron's defaults overridden.
 
@@ -325,17 +307,20 @@ def build_mine_model(**settings: Any) -> MINEModel:
     return MINEModel(**settings)
 
 
-def _blended(rendered: Sequence[tuple[RenderedView, Tensor]], weights: Tensor) -> tuple[RenderedView, Tensor]:
-    """The average of views over those of their pixels that are valid; what none of them saw is empty."""
-    if len(rendered) == 1:
-        return rendered[0]
-    valid = torch.stack([seen for _, seen in rendered])
-    share = weights.view(-1, 1, 1, 1) * valid
-    share = share / share.sum(dim=0).clamp_min(torch.finfo(share.dtype).tiny)
-    rgb, depth, mask = (torch.stack([getattr(view, name) for view, _ in rendered]) for name in ("rgb", "depth", "mask"))
-    surface = share * mask * (depth > 0)
-    total = (share * mask).sum(dim=0)
-    weight = surface.sum(dim=0)
-    z = (surface * depth).sum(dim=0) / weight.clamp_min(torch.finfo(weight.dtype).tiny)
-    blended = RenderedView(rgb=(share * rgb).sum(dim=0), depth=torch.where(total > SURFACE_ALPHA, z, 0), mask=total)
-    return blended, valid.any(dim=0)
+def load_network(network: MPINetwork, path: Path | str) -> None:
+    """Fills ``network`` from a checkpoint of MINE's training: its averaged weights, ``{"model": state dict, ...}``.
+
+    Raises:
+        ValueError: naming the file: there is none, it is no such checkpoint, or it is another network's.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"checkpoint={path}: cannot be read: {error}") from error
+    state = saved.get("model") if isinstance(saved, dict) else None
+    if not isinstance(state, dict):
+        raise ValueError(f"checkpoint={path}: is not a best.pt of MINE: it has no state dict under 'model'")
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint={path}: is another network's than these settings': {str(error)[:300]}") from error

@@ -13,7 +13,8 @@ from co3d_ensemble.functional.fusion import FusionRule, fuse
 from co3d_ensemble.functional.types import Frame, PinholeCamera
 from co3d_ensemble.plugin.frames import pytorch3d_cameras
 from co3d_ensemble.plugin.implicitron_args import model_class_named
-from co3d_ensemble.plugin.mine_model import MINEModel, build_mine_model, camera_distance
+from co3d_ensemble.plugin.mine_model import MINEModel, build_mine_model
+from co3d_ensemble.plugin.mine_views import camera_distance
 from co3d_ensemble.rendering import read_view, write_view
 
 from pytorch3d.implicitron.dataset.frame_data import FrameData  # isort: skip
@@ -269,3 +270,19 @@ def test_the_registry_knows_the_model_and_its_settings_are_checked():
     ):
         with pytest.raises(ValueError, match=message):
             build_mine_model(encoder="resnet18", **settings)
+
+
+def test_the_network_of_a_run_is_where_it_starts(tmp_path):
+    torch.manual_seed(0)
+    trained = build_mine_model(encoder="resnet18", **PLANES).network.state_dict()
+    torch.save({"model": trained, "step": 3, "metric": 20.0}, tmp_path / "best.pt")
+    started = build_mine_model(encoder="resnet18", checkpoint=str(tmp_path / "best.pt"), **PLANES).network.state_dict()
+    assert all(torch.equal(started[name], value) for name, value in trained.items())
+    torch.save({"weights": trained}, tmp_path / "other.pt")
+    for settings, message in (
+        ({"checkpoint": str(tmp_path / "absent.pt")}, "absent.pt: cannot be read"),
+        ({"checkpoint": str(tmp_path / "other.pt")}, "other.pt: is not a best.pt of MINE"),
+        ({"checkpoint": str(tmp_path / "best.pt"), "encoding": "slides"}, "best.pt: is another network's"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_mine_model(encoder="resnet18", **PLANES, **settings)
