@@ -13,9 +13,7 @@ import torch
 REPOSITORY = Path(__file__).resolve().parent.parent
 _IMPORTS_PYTORCH3D = re.compile(r"^\s*(import|from)\s+pytorch3d\b", re.MULTILINE)
 
-if "OMP_NUM_THREADS" not in os.environ:
-    # test tensors are small: more threads only wait for each other, and more still beside other processes
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # test tensors are small: more threads only wait for each other, ten times as long beside other processes
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> None:
@@ -48,3 +46,11 @@ def shared_data() -> Path:
     if not (root / "category_to_subset_name_list.json").is_file():
         pytest.skip("no real sequences here: set CO3D_ENSEMBLE_TEST_DATA to a CO3Dv2 root")
     return root
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory) -> Path:
+    """A tiny generated data set with one sequence, to be left as it is."""
+    from tests.tiny import generated
+
+    return generated(tmp_path_factory.mktemp("root"), {"mug": ["manyview_dev_0"]})

@@ -12,21 +12,13 @@ import torch
 from benchmarks import peers, time_to_quality
 from benchmarks.report import figures
 from co3d_ensemble.training import budget
-from tests.tiny import MODEL, generated
+from tests.tiny import MODEL
 
 DEV = "manyview_dev_0"
 SMALL = {"data.longest_side": 24, "training.n_rays": 32, "data.val_share": 0.2, "model.occupancy.resolution": 16}
 MINUTES = 0.03
 SRN = "model.implicitron.args.implicit_function_SRNImplicitFunction_args"
 NARROW = (f"{SRN}.raymarch_function_args.n_hidden_units=16", f"{SRN}.pixel_generator_args.n_hidden_units=16")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +28,6 @@ def short_probes(monkeypatch):
     monkeypatch.setattr(budget, "WARM_UP_STEPS", 1)
     monkeypatch.setattr(budget, "MIN_TIMED_STEPS", 1)
     monkeypatch.setattr(time_to_quality, "HULL_SAMPLES", 32)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return generated(tmp_path_factory.mktemp("root"), {"mug": [DEV]})
 
 
 def arguments(root, output, *more: str) -> list[str]:

@@ -37,15 +37,6 @@ THREE = {"experiment": "ensemble_laptop", "training__max_steps": 12, **SEED1}
 TWO_NERFS = {"experiment": "ensemble_laptop", "~members__tensorf": "null", **SEED1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only wait for a second thread, ten times as long where other processes keep the cores busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return generated(tmp_path_factory.mktemp("root"), {"mug": [DEV, TEST]}, n_val=4)

@@ -7,12 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from co3d_ensemble.assembly import compose_experiment
 from co3d_ensemble.config import ModelConfig
 from co3d_ensemble.plugin.implicitron_model import ImplicitronModel
-from tests.tiny import export, generated, train
+from tests.tiny import export, train
 
 DEV = "manyview_dev_0"
 PEERS = ("nerf", "nerf_wce", "nerformer", "srn", "srn_wce", "srn_noharm", "srn_wce_noharm", "idr")
@@ -44,9 +43,7 @@ _SMALL_ENCODER = {
 TOY = {
     "nerf": {**_SMALL_MLP, **_SAMPLES},
     "nerf_wce": {**_SMALL_MLP, **_SAMPLES, **_SMALL_ENCODER},
-    "nerformer": {
-        ARGS("implicit_function_NeRFormerImplicitFunction_args__n_hidden_neurons_xyz"): 16, **_SAMPLES, **_SMALL_ENCODER
-    },
+    "nerformer": {ARGS("implicit_function_NeRFormerImplicitFunction_args__n_hidden_neurons_xyz"): 16, **_SAMPLES, **_SMALL_ENCODER},
     "srn": _SMALL_SRN,
     "srn_noharm": _SMALL_SRN,
     "srn_wce": {**_SMALL_SRN, **_SMALL_ENCODER},
@@ -57,20 +54,6 @@ TOY = {
         ARGS("renderer_SignedDistanceFunctionRenderer_args__ray_normal_coloring_network_args__dims"): "[16]",
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return generated(tmp_path_factory.mktemp("root"), {"mug": [DEV]})
 
 
 @functools.cache

@@ -38,15 +38,6 @@ DEV, TEST = "manyview_dev_0", "manyview_test_0"
 MAGENTA = (255, 0, 255)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small only wait for a second thread, ten times as long where other processes keep the cores busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return generated(tmp_path_factory.mktemp("root"), {"mug": [DEV, TEST], "bear": [DEV]})

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import signal
 
-import pytest
 import torch
 
 from co3d_ensemble.training.checkpoint import Checkpoints
 from tests.test_launch import assert_everything_is_whole, same
-from tests.tiny import Launched, export, generated, train, train_arguments
+from tests.tiny import Launched, export, train, train_arguments
 
 DEV = "manyview_dev_0"
 RECIPE = {
@@ -33,11 +32,6 @@ RECIPE = {
     "model__renderer__n_pts_per_ray_coarse": 12,
     "model__camera_jitter__mode": "extrinsics",
 }
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return generated(tmp_path_factory.mktemp("root"), {"mug": [DEV]})
 
 
 def run_of(output):
