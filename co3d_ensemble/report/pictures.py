@@ -231,7 +231,8 @@ def training_curve(quality: Mapping[str, Curve], losses: Mapping[str, Curve], pa
     quality, losses = _with_values(quality), _with_values(losses)
     if not quality and not losses:
         raise ValueError(f"{path}: nothing to plot")
-    figure = Figure(figsize=(8, 6), dpi=110, layout="constrained")
+    figure = Figure(figsize=(8, 6), dpi=110)
+    figure.subplots_adjust(left=0.1, right=0.96, bottom=0.08, top=0.98, hspace=0.06)  # a layout that measures the labels draws twice
     top, bottom = figure.subplots(2, 1, sharex=True)
     _plot(top, quality, "psnr in dB")
     _plot(bottom, losses, "loss")
