@@ -124,6 +124,21 @@ def render_source_view(rgb: Tensor, sigma: Tensor, depth: Tensor, K: Tensor, *, 
     return _view(image, z, weights.sum(dim=1), transmittance=transmittance)
 
 
+def mean_plane_weights(view: MPIView) -> Tensor:
+    """The weights ``T_i - T_{i+1}`` of a source view's planes, averaged over its pixels: what ``fine_disparities`` samples from.
+
+    Returns:
+        Shape (B, N); a row sums to the mean opacity.
+
+    Raises:
+        ValueError: a target view, which keeps no transmittance.
+    """
+    if view.transmittance is None:
+        raise ValueError("mean_plane_weights: expected a source view, got one without transmittance")
+    light = torch.cat((view.transmittance, 1 - view.alpha[:, None]), dim=1).mean(dim=(2, 3, 4))
+    return light[:, :-1] - light[:, 1:]
+
+
 def blend_source(rgb: Tensor, transmittance: Tensor, image: Tensor) -> Tensor:
     """``c_i <- T_i I_source + (1 - T_i) c_i``: what the source camera sees keeps the photograph's colours.
 

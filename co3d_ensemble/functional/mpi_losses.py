@@ -127,10 +127,10 @@ def values_at_points(values: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
 def disparity_scale(disparity: Tensor, points: Tensor) -> Tensor:
     """``s = exp(mean(ln D - ln(1 / z)))`` over the sparse points of each picture; 1 where there is none.
 
-    Scenes reconstructed from pictures have no unit: s says by how much larger the predicted disparities are, so camera
-    translations are divided by s (which makes the scene smaller) before the target view is rendered. The slide's formula
-    averages ln Z - ln z, depth against depth, and then divides the *disparity* by s, which is off by s^2; with
-    disparities on both sides D / s has the points' scale.
+    Scenes reconstructed from pictures have no unit: s says by how much the predicted disparities exceed the points', so depths
+    and baselines of the prediction are s times smaller, and camera translations are divided by s before the target view is
+    rendered. The slide's formula averages ln Z - ln z, depth against depth, but then divides the *disparity* by s, which is off
+    by s^2; with disparities on both sides D / s has the points' scale.
 
     Args:
         disparity: of the source view, shape (B, 1, H, W).

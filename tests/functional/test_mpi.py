@@ -10,6 +10,7 @@ from co3d_ensemble.functional.cameras import so3_exp
 from co3d_ensemble.functional.mpi import (
     blend_source,
     composite,
+    mean_plane_weights,
     plane_distances,
     render_source_view,
     render_target_view,
@@ -171,3 +172,14 @@ def test_blending_gives_visible_pixels_the_photographs_colour():
 def test_weighted_sums_are_those_of_the_products():
     weights, values = draw(2, 4, 1, 3, 5), draw(2, 4, 3, 3, 5, seed=1)
     torch.testing.assert_close(weighted_sum(weights, values), (weights * values).sum(dim=1))
+
+
+@pytest.mark.parametrize("mode", ["sigma", "alpha"])
+def test_mean_plane_weights_are_the_averages_of_the_weights(mode):
+    arguments = scene(target=SOURCE)
+    rgb, sigma, depth, K = arguments["rgb"], arguments["sigma"] / 2, arguments["depth"], arguments["K_source"]
+    view = render_source_view(rgb, sigma, depth, K, mode=mode)
+    weights = composite(rgb, sigma, plane_distances(depth, K, *SOURCE), depth, mode=mode)[2]
+    torch.testing.assert_close(mean_plane_weights(view), weights.mean(dim=(2, 3, 4)))
+    with pytest.raises(ValueError, match="transmittance"):
+        mean_plane_weights(render(arguments))

@@ -122,14 +122,38 @@ def test_a_plane_through_the_target_camera_gives_finite_views_and_gradients(chec
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_rays_that_do_not_run_with_the_planes_see_nothing(checkpoint):
     arguments = tiny()
-    half_turn, quarter = so3_exp(torch.tensor([[0.0, torch.pi, 0.0], [0.0, torch.pi / 2, 0.0]], dtype=F64))
+    half_turn = torch.diag(torch.tensor([-1.0, 1, -1], dtype=F64))
+    quarter = torch.tensor([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]], dtype=F64)  # sees the planes edge-on in its middle column
     arguments["R"] = torch.stack((half_turn, quarter))
-    arguments["t"] = -(arguments["R"] @ torch.tensor([0.0, 0.0, 20.0], dtype=F64))  # behind all planes, looking back at them
+    arguments["K_target"][:, 0, 2] = 2.5
+    arguments["depth"] = torch.tensor([[1.0, 2.0, 4.0]], dtype=F64).repeat(2, 1)
+    centers = torch.tensor([[0.0, 0.0, 4.0], [0.0, 0.0, 0.0]], dtype=F64)  # the first looks back at all planes
+    arguments["t"] = -(arguments["R"] @ centers[:, :, None])[..., 0]
     leaves = {name: arguments[name].clone().requires_grad_() for name in ("rgb", "sigma", "R", "t")}
     view = render({**arguments, **leaves}, checkpoint=checkpoint)
     assert (outputs(view) == 0).all() and not view.valid.any()
     outputs(view).sum().backward()
     assert all(leaf.grad is None or (leaf.grad == 0).all() for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_a_view_that_sees_nothing_leaves_the_gradients_of_another_in_its_batch_alone(checkpoint):
+    arguments = tiny()
+    quarter = torch.tensor([[0.0, 0, -1], [0, 1, 0], [1, 0, 0]], dtype=F64)
+    arguments["R"] = torch.stack((arguments["R"][0], quarter))
+    arguments["t"] = torch.stack((arguments["t"][0], torch.zeros(3, dtype=F64)))
+    arguments["K_target"][:, 0, 2] = 2.5
+    alone = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    found = []
+    for given in (arguments, alone):
+        leaves = {name: given[name].clone().requires_grad_() for name in ("rgb", "sigma", "depth", "t")}
+        view = render({**given, **leaves}, checkpoint=checkpoint)
+        outputs(view).sum().backward()
+        found.append({name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None})
+    assert view.valid.any()
+    for name, gradient in found[1].items():
+        torch.testing.assert_close(found[0][name][:1], gradient)
+        assert (found[0][name][1] == 0).all()
 
 
 def test_planes_that_no_pixel_meets_are_skipped_and_get_gradient_zero(monkeypatch):
