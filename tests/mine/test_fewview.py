@@ -13,6 +13,7 @@ from co3d_ensemble.mine import fewview
 from co3d_ensemble.mine.fewview import batches_to_render, export_fewview, model_of_run, render_eval_batches
 from co3d_ensemble.plugin.frames import load_frames
 from co3d_ensemble.plugin.mine_model import build_mine_model
+from launch import export_fewview as export_fewview_script
 from tests.tiny import generated
 
 CPU, SUBSET = torch.device("cpu"), "fewview_dev"
@@ -66,12 +67,28 @@ def test_targets_without_sources_are_named(root):
         batches_to_render(subset)
 
 
-def test_the_model_of_a_run_has_its_network_and_its_settings(model, monkeypatch):
-    planes = {"n_planes": 5, "near_disparity": 2.0, "far_disparity": 0.1, "blend_source": False, "plane_chunk": 4}
+def run_config(**planes):
     network = {"encoder": "resnet18", "encoding": "reference", "n_harmonics": 10, "mode": "sigma", "precision": "float32", "compile": False}
-    config = SimpleNamespace(model=SimpleNamespace(**network, **planes), data=SimpleNamespace(height=64, width=96))
-    monkeypatch.setattr(fewview, "load_trained_mine", lambda run: (model.network, config))
+    return SimpleNamespace(model=SimpleNamespace(**network, **planes), data=SimpleNamespace(height=64, width=96))
+
+
+PLANES = {"n_planes": 5, "near_disparity": 2.0, "far_disparity": 0.1, "blend_source": False, "plane_chunk": 4}
+
+
+def test_the_model_of_a_run_has_its_network_and_its_settings(model, monkeypatch):
+    monkeypatch.setattr(fewview, "load_trained_mine", lambda run: (model.network, run_config(**PLANES)))
     loaded = model_of_run("run", n_planes=7)
     assert (loaded.n_planes, loaded.far_disparity, loaded.longest_side, loaded.blend_source) == (7, 0.1, 96, False)
     assert not loaded.training and loaded.network.poolings == 0
     torch.testing.assert_close(dict(loaded.network.state_dict()), dict(model.network.state_dict()))
+
+
+def test_the_script_exports_and_names_what_is_wrong(root, model, tmp_path, monkeypatch, capsys):
+    place = [f"dataset_root={root}", f"output_dir={tmp_path}", "device=cpu"]
+    assert export_fewview_script.main([*place, f"run={tmp_path / 'none'}"]) == 1
+    assert "neither a run directory" in capsys.readouterr().err
+    assert export_fewview_script.main([*place, "run=x", "n_sources=0"]) == 2
+    assert "n_sources=0" in capsys.readouterr().err
+    monkeypatch.setattr(fewview, "load_trained_mine", lambda run: (model.network, run_config(**PLANES)))
+    assert export_fewview_script.main([*place, "run=x", "n_planes=2"]) == 0
+    assert "submission_fewview_dev.hdf5: checked" in capsys.readouterr().out
