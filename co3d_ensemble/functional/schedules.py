@@ -7,9 +7,10 @@ the same recipe as one of 350,000 (CO3D many-view solution, "Training Parameters
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 PUBLISHED_MAX_STEPS = 350_000
-_IMPLICITRON_GAMMA = 0.1
+STEP_GAMMA = 0.1  # factor at every milestone: Implicitron's and MINE's
 _IMPLICITRON_MILESTONES = (0.5, 0.75)  # 200k and 300k of 400k steps in repro_singleseq_nerf
 
 
@@ -36,7 +37,12 @@ def warmup_cosine(step: int, max_steps: int, warmup_share: float, final_share: f
 
 def implicitron_steps(step: int, max_steps: int) -> float:
     """Multiplier of Implicitron's single-sequence NeRF: x0.1 at 50 % and again at 75 % of ``max_steps``."""
-    return _IMPLICITRON_GAMMA ** sum(step >= share * max_steps for share in _IMPLICITRON_MILESTONES)
+    return milestone_steps(step, max_steps, _IMPLICITRON_MILESTONES)
+
+
+def milestone_steps(step: int, max_steps: int, shares: Sequence[float]) -> float:
+    """Multiplier that falls to a tenth at each of some shares of ``max_steps``."""
+    return STEP_GAMMA ** sum(step >= share * max_steps for share in shares)
 
 
 def ramp(step: int, max_steps: int, start_share: float, length_share: float) -> float:

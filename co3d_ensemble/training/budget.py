@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
+from co3d_ensemble.training.processes import ALONE, Processes
 from co3d_ensemble.training.run_directory import RunDirectory
 from co3d_ensemble.training.stepper import INITIALISATION, Stepper, seed_default_generators
 from co3d_ensemble.training.task import Task
@@ -24,7 +25,9 @@ PROBE_SHARE = 0.05  # of the budget spent on timing steps
 MAX_PROBE_SECONDS = 20.0
 
 
-def fit_budget(make_task: Callable[[Any], Task], run: RunDirectory, device: torch.device | str) -> DictConfig:
+def fit_budget(
+    make_task: Callable[[Any], Task], run: RunDirectory | None, device: torch.device | str, processes: Processes = ALONE
+) -> DictConfig:
     """Fixes ``max_steps`` of a new run from its budget; does nothing where there is none or it is fixed already.
 
     The steps run on a task of their own, freshly initialised; it is dropped afterwards, so the run itself starts from its
@@ -37,6 +40,8 @@ def fit_budget(make_task: Callable[[Any], Task], run: RunDirectory, device: torc
 
     Args:
         make_task: builds the task from the training settings; called with torch's generators seeded for initialisation.
+        run: None in a process that does not own it.
+        processes: those that train together: all of them step, by the first one's watch.
 
     Returns:
         The training settings to build the real task from.
@@ -44,17 +49,30 @@ def fit_budget(make_task: Callable[[Any], Task], run: RunDirectory, device: torc
     Raises:
         ValueError: the budget does not allow one step.
     """
-    config = run.config.training
-    if config.get("budget_minutes") is None or run.budget is not None:
-        return config
-    if any(run.checkpoints.glob("*.pt")):
-        logger.info("training.budget_minutes is ignored: the run started without it, for %d steps", config.max_steps)
+    config, fitting = processes.from_first(lambda: _plan(run))
+    if not fitting:
         return config
     seconds = 60.0 * config.budget_minutes
     start = time.perf_counter()
-    probe = measure_speed(make_task, config, torch.device(device), min(MAX_PROBE_SECONDS, PROBE_SHARE * seconds))
+    probe = measure_speed(make_task, config, torch.device(device), min(MAX_PROBE_SECONDS, PROBE_SHARE * seconds), processes)
+    return processes.from_first(lambda: _fix_steps(run, config, probe, seconds, time.perf_counter() - start))
+
+
+def _plan(run: RunDirectory) -> tuple[DictConfig, bool]:
+    """The training settings, and whether a budget still has to give them their steps."""
+    config = run.config.training
+    if config.get("budget_minutes") is None or run.budget is not None:
+        return config, False
+    if any(run.checkpoints.glob("*.pt")):
+        logger.info("training.budget_minutes is ignored: the run started without it, for %d steps", config.max_steps)
+        return config, False
+    return config, True
+
+
+def _fix_steps(run: RunDirectory, config: DictConfig, probe: Speed, seconds: float, spent: float) -> DictConfig:
+    """``max_steps`` that the measured speed allows in what is left of the budget's seconds; written to the run."""
     n_validations = math.ceil(1.0 / config.validate_every)
-    left = seconds - (time.perf_counter() - start) - n_validations * probe.validation_seconds
+    left = seconds - spent - n_validations * probe.validation_seconds
     max_steps = int((left - probe.n_changes * probe.change_seconds) / probe.step_seconds)
     if max_steps < probe.n_changes:  # fewer steps than changes: each step makes at most one
         max_steps = int(left / (probe.step_seconds + probe.change_seconds))
@@ -91,19 +109,21 @@ class Speed:
         return max_steps * self.step_seconds + n_validations * self.validation_seconds + self.n_changes * self.change_seconds
 
 
-def measure_speed(make_task: Callable[[Any], Task], config: DictConfig, device: torch.device, seconds: float) -> Speed:
+def measure_speed(
+    make_task: Callable[[Any], Task], config: DictConfig, device: torch.device, seconds: float, processes: Processes = ALONE
+) -> Speed:
     """Times steps for about ``seconds``, then a validation and a structure change, on a task that is thrown away."""
     seed_default_generators(config.seed, INITIALISATION)
     task = make_task(config)
     if hasattr(task, "settle"):
         task.settle()
     task.model.train()
-    stepper = Stepper(task, config, deferred=device.type == "cuda")
+    stepper = Stepper(task, config, deferred=device.type == "cuda", processes=processes)
     for step in range(WARM_UP_STEPS):
         stepper.run(step)
     stepper.check()  # waits for the device
     start, step = time.perf_counter(), WARM_UP_STEPS
-    while step - WARM_UP_STEPS < MIN_TIMED_STEPS or time.perf_counter() - start < seconds:
+    while step - WARM_UP_STEPS < MIN_TIMED_STEPS or processes.from_first(lambda: time.perf_counter() - start < seconds):
         for _ in range(MIN_TIMED_STEPS):
             stepper.run(step)
             step += 1

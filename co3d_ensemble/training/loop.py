@@ -7,6 +7,9 @@ Use, resuming and budgets included::
         seed_default_generators(settings.seed, INITIALISATION)
         result = train(make_task(settings), settings, run, device)
     sys.exit(result.exit_status)
+
+Several processes train together as ``processes.py`` has it: the first one owns the run directory, all step, validate and stop
+as one.
 """
 
 from __future__ import annotations
@@ -24,15 +27,16 @@ import torch
 
 from co3d_ensemble.functional.schedules import due
 from co3d_ensemble.training.checkpoint import Checkpoints
-from co3d_ensemble.training.records import Records
+from co3d_ensemble.training.processes import ALONE, Processes
+from co3d_ensemble.training.records import NoRecords, Records
 from co3d_ensemble.training.run_directory import ConfigMismatch, RunDirectory
-from co3d_ensemble.training.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, StopSignals
+from co3d_ensemble.training.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, REASONS, StopSignals
 from co3d_ensemble.training.stepper import Stepper, seed_default_generators
 from co3d_ensemble.training.task import Task
 
 logger = logging.getLogger(__name__)
 
-CRITERION = "psnr_masked"  # the validation metric that picks the best checkpoint and stops early
+CRITERION = "psnr_masked"  # the validation metric that picks the best checkpoint and stops early, unless the task names one
 _EXIT_STATUS = {"interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}
 
 
@@ -43,7 +47,8 @@ class TrainingResult:
     Attributes:
         steps: updates done since the run began, over all resumes.
         seconds: wall-clock time of the loop, over all resumes.
-        best_metric, best_step: validation psnr_masked of ``best.pt`` in dB (None: never a number) and the updates it had.
+        best_metric, best_step: the criterion of ``best.pt``, psnr_masked in dB unless the task names another (None: never a
+            number), and the updates it had.
         stopped: ``max_steps``, ``early_stopping``, ``interrupted`` (Ctrl-C) or ``preempted`` (SIGTERM).
     """
 
@@ -72,7 +77,7 @@ class _Clock:
     stopped: str = ""
 
 
-def train(task: Task, config: Any, run: RunDirectory, device: torch.device | str) -> TrainingResult:
+def train(task: Task, config: Any, run: RunDirectory | None, device: torch.device | str, processes: Processes = ALONE) -> TrainingResult:
     """Trains until ``max_steps``, early stopping, Ctrl-C or SIGTERM, and leaves checkpoints and records in ``run``.
 
     Goes on from the last good checkpoint where there is one. On CPU with ``deterministic`` and the same number of threads
@@ -81,68 +86,89 @@ def train(task: Task, config: Any, run: RunDirectory, device: torch.device | str
 
     Args:
         config: ``TrainingConfig`` or a node of its shape, ``run.config.training`` as :func:`fit_budget` returns it.
-        run: opened with :meth:`RunDirectory.open`.
+        run: opened with :meth:`RunDirectory.open` in the first process, None in the others, which go on from what it loads.
         device: where the task's tensors are.
+        processes: those that train together; all of them call this.
 
     Raises:
         NonFiniteLoss: names step and term; the last checkpoint stays as it is.
-        ValueError: a weight without a loss, a validation without psnr_masked, a budget that nobody turned into steps.
+        ValueError: a weight without a loss, a validation without the criterion, a budget that nobody turned into steps.
         CheckpointWriteError: a checkpoint could not be written, for example because the disk is full.
         KeyboardInterrupt: second Ctrl-C.
     """
     device = torch.device(device)
+    with _deterministic_algorithms(config.deterministic), StopSignals() as signals:
+        saved = processes.from_first(lambda: _load(run, config, device if processes.size == 1 else torch.device("cpu")))
+        loop = _Loop(task, config, device, run, processes)
+        if saved is not None:
+            loop.resume(saved)
+        with loop.records() as records:
+            reason = loop.run(records, signals)
+    clock = loop.clock
+    best = clock.best_metric if math.isfinite(clock.best_metric) else None
+    shown = (reason, clock.step, clock.seconds, loop.criterion, best, clock.best_step)
+    logger.info("%s after %d steps and %.0f s, best %s %s at step %d", *shown)
+    return TrainingResult(clock.step, clock.seconds, best, clock.best_step, reason)
+
+
+def _load(run: RunDirectory, config: Any, device: torch.device) -> dict[str, Any] | None:
+    """The last good checkpoint of this configuration, or None; in the process that owns the run."""
     checkpoints = Checkpoints(run.checkpoints)
     checkpoints.prepare()
-    with _deterministic_algorithms(config.deterministic), StopSignals() as signals:
-        saved = checkpoints.load_last(device)
-        if saved is None and config.budget_minutes is not None and run.budget is None:
+    saved = checkpoints.load_last(device)
+    if saved is None:
+        if config.budget_minutes is not None and run.budget is None:
             raise ValueError(f"training.budget_minutes={config.budget_minutes}: call fit_budget before train")
-        loop = _Loop(task, config, device, checkpoints, run.config_digest)
-        if saved is not None:
-            loop.resume(saved, run)
-        clock = loop.clock
-        with Records(
-            run.metrics_path,
-            run.tensorboard,
-            max_steps=config.max_steps,
-            step=clock.step,
-            validated_step=clock.validated_step,
-            progress=config.progress,
-        ) as records:
-            reason = loop.run(records, signals)
-    best = clock.best_metric if math.isfinite(clock.best_metric) else None
-    logger.info("%s after %d steps and %.0f s, best %s %s at step %d", reason, clock.step, clock.seconds, CRITERION, best, clock.best_step)
-    return TrainingResult(clock.step, clock.seconds, best, clock.best_step, reason)
+        return None
+    if saved["config_digest"] != run.config_digest:
+        raise ConfigMismatch(run.path, {"checkpoint": (saved["config_digest"][:12], run.config_digest[:12])})
+    if saved["clock"]["best_step"] and not checkpoints.has_good_best():
+        saved["clock"] |= {"best_metric": -math.inf, "best_step": 0}
+    return saved
 
 
 class _Loop:
     """One process's share of a run."""
 
-    def __init__(self, task: Task, config: Any, device: torch.device, checkpoints: Checkpoints, config_digest: str) -> None:
-        self.task, self.config, self.checkpoints, self.config_digest = task, config, checkpoints, config_digest
-        self.stepper = Stepper(task, config, deferred=device.type == "cuda")
+    def __init__(self, task: Task, config: Any, device: torch.device, run: RunDirectory | None, processes: Processes) -> None:
+        self.task, self.config, self.processes, self._run = task, config, processes, run
+        self.checkpoints = None if run is None else Checkpoints(run.checkpoints)
+        self._config_digest = None if run is None else run.config_digest
+        self.criterion: str = getattr(task, "criterion", CRITERION)
+        self.stepper = Stepper(task, config, deferred=device.type == "cuda", processes=processes)
         self.clock = _Clock()
         self._validation_seconds = 0.0
         self._started = self._saved_at = self._window_start = time.perf_counter()
         self._window_step = 0
 
-    def resume(self, saved: dict[str, Any], run: RunDirectory) -> None:
+    def resume(self, saved: dict[str, Any]) -> None:
         """Takes over a checkpoint of this configuration."""
-        if saved["config_digest"] != self.config_digest:
-            raise ConfigMismatch(run.path, {"checkpoint": (saved["config_digest"][:12], self.config_digest[:12])})
         self.stepper.load_state_dict(saved)
         self.clock = _Clock(**saved["clock"])
         self._started -= self.clock.seconds
-        if self.clock.best_step and not self.checkpoints.has_good_best():
-            self.clock.best_metric, self.clock.best_step = -math.inf, 0
         logger.info("going on from step %d", self.clock.step)
 
-    def run(self, records: Records, signals: StopSignals) -> str:
-        """Until the end or a signal; returns which."""
+    def records(self) -> Records | NoRecords:
+        """The run's, from where the clock stands; of the process that owns it."""
+        if self._run is None:
+            return NoRecords()
+        return Records(
+            self._run.metrics_path,
+            self._run.tensorboard,
+            max_steps=self.config.max_steps,
+            step=self.clock.step,
+            validated_step=self.clock.validated_step,
+            progress=self.config.progress,
+            criterion=self.criterion,
+        )
+
+    def run(self, records: Records | NoRecords, signals: StopSignals) -> str:
+        """Until the end or a signal to any process; returns which."""
         finished_before = bool(self.clock.stopped)
         self.task.model.train()
         self._open_window()
-        while not self.clock.stopped and not signals.reason:
+        reason, _ = self._agreed(signals)
+        while not self.clock.stopped and not reason:
             if self._validation_due():
                 self._validate(records)
                 self._decide()
@@ -153,34 +179,44 @@ class _Loop:
                 records.advance()
                 if self.clock.step % self.config.log_every == 0 or self.clock.step == self.config.max_steps:
                     self._log(records)
-            if time.perf_counter() - self._saved_at >= self.config.checkpoint_every_seconds:
+            reason, save = self._agreed(signals)
+            if save:
                 self._save_last()
         if self.clock.stopped and not self.clock.best_step:
             self._save_best(math.nan)
         if not finished_before:
             self._save_last()
-        return self.clock.stopped or signals.reason
+        return self.clock.stopped or reason
+
+    def _agreed(self, signals: StopSignals) -> tuple[str, bool]:
+        """Why to stop before the next step, in all processes at the same one, or nothing; and whether a checkpoint is due, by
+        the first one's watch."""
+        save = self.processes.leads and time.perf_counter() - self._saved_at >= self.config.checkpoint_every_seconds
+        reason, due_now = self.processes.largest(REASONS.index(signals.reason), int(save))
+        return REASONS[reason], bool(due_now)
 
     def _validation_due(self) -> bool:
         """True once per due step, also where a signal or a kill came between the step and its validation."""
         step, max_steps = self.clock.step, self.config.max_steps
         return step > self.clock.validated_step and (step == max_steps or due(step, self.config.validate_every, max_steps))
 
-    def _validate(self, records: Records) -> None:
+    def _validate(self, records: Records | NoRecords) -> None:
         self.stepper.check()
         start, clock, model = time.perf_counter(), self.clock, self.task.model
+        self.processes.copy_first(model.buffers())  # statistics of batches, for one, are each process's own
         seed_default_generators(self.config.seed, clock.step)
         with self._evaluated_weights():
             model.eval()
             try:
                 with torch.no_grad():
-                    metrics = {name: float(value) for name, value in self.task.validate().items()}
+                    own = {name: float(value) for name, value in self.task.validate().items()}
             finally:
                 model.train()
-            if CRITERION not in metrics:
-                raise ValueError(f"the task's validation returned {', '.join(metrics) or 'nothing'}; {CRITERION} is needed")
-            if metrics[CRITERION] > clock.best_metric:
-                self._save_best(metrics[CRITERION], averaged=True)
+            metrics = self.processes.from_first(lambda: own)  # so that all decide alike
+            if self.criterion not in metrics:
+                raise ValueError(f"the task's validation returned {', '.join(metrics) or 'nothing'}; {self.criterion} is needed")
+            if metrics[self.criterion] > clock.best_metric:
+                self._save_best(metrics[self.criterion], averaged=True)
                 clock.validations_without_gain = 0
             else:
                 clock.validations_without_gain += 1
@@ -203,8 +239,9 @@ class _Loop:
         """Saves the model with its averaged weights, which ``averaged`` says are in it already."""
         if math.isnan(metric):
             logger.warning("no validation has a best.pt with a number to show: it gets the final weights")
-        with nullcontext() if averaged else self._evaluated_weights():
-            self.checkpoints.save_best({"model": self.task.model.state_dict(), "step": self.clock.step, "metric": metric})
+        with nullcontext() if averaged or self.checkpoints is None else self._evaluated_weights():
+            if self.checkpoints is not None:
+                self.checkpoints.save_best({"model": self.task.model.state_dict(), "step": self.clock.step, "metric": metric})
         self.clock.best_step = self.clock.step
         self.clock.best_metric = -math.inf if math.isnan(metric) else metric
 
@@ -212,14 +249,16 @@ class _Loop:
         self.stepper.check()
         start = time.perf_counter()
         self.clock.seconds = start - self._started
-        self.checkpoints.save_last({**self.stepper.state_dict(), "clock": asdict(self.clock), "config_digest": self.config_digest})
+        if self.checkpoints is not None:
+            more = {"clock": asdict(self.clock), "config_digest": self._config_digest}
+            self.checkpoints.save_last({**self.stepper.state_dict(), **more})
         self._saved_at = time.perf_counter()
         self._window_start += self._saved_at - start
 
     def _open_window(self) -> None:
         self._window_start, self._window_step = time.perf_counter(), self.clock.step
 
-    def _log(self, records: Records) -> None:
+    def _log(self, records: Records | NoRecords) -> None:
         self.stepper.check()
         step = self.clock.step
         seconds_per_step = (time.perf_counter() - self._window_start) / (step - self._window_step)

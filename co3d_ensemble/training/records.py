@@ -71,11 +71,12 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 class Progress:
     """A bar on a terminal; elsewhere, or with ``enabled=False``, a log line now and then."""
 
-    def __init__(self, max_steps: int, step: int, *, enabled: bool) -> None:
+    def __init__(self, max_steps: int, step: int, *, enabled: bool, criterion: str = "psnr_masked") -> None:
         self._stack = ExitStack()
         self._bar: tqdm | None = None
         self._max_steps, self._last_line = max_steps, 0.0
-        self._psnr: float | None = None
+        self._criterion = criterion
+        self._score: float | None = None
         if enabled and sys.stderr.isatty():
             self._stack.enter_context(logging_redirect_tqdm())
             self._bar = self._stack.enter_context(tqdm(total=max_steps, initial=step, desc="training", bar_format=_BAR, dynamic_ncols=True))
@@ -86,8 +87,8 @@ class Progress:
 
     def show(self, step: int, losses: Mapping[str, float], rays_per_second: float | None, seconds_left: float | None) -> None:
         parts = [] if seconds_left is None else [f"{tqdm.format_interval(seconds_left)} left"]
-        if self._psnr is not None:
-            parts.append(f"psnr {self._psnr:.2f}")
+        if self._score is not None:
+            parts.append(f"{self._criterion.removesuffix('_masked')} {self._score:.2f}")
         if rays_per_second is not None:
             parts.append(f"{rays_per_second:,.0f} rays/s")
         parts += [f"{name.removeprefix('loss_')} {value:.4g}" for name, value in losses.items()]  # last: a narrow bar cuts the end
@@ -98,7 +99,7 @@ class Progress:
             logger.info("step %d/%d: %s", step, self._max_steps, ", ".join(parts))
 
     def validated(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._psnr = metrics["psnr_masked"]
+        self._score = metrics[self._criterion]
         logger.info("validation at step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
 
     def close(self) -> None:
@@ -112,13 +113,24 @@ class Records:
         metrics_path, tensorboard: where lines and events go.
         step: updates done at the start; later lines and events of an interrupted run are superseded.
         validated_step: the last validation that the checkpoint knows of.
+        criterion: the metric of a validation that is shown.
     """
 
-    def __init__(self, metrics_path: Path, tensorboard: Path, *, max_steps: int, step: int, validated_step: int, progress: bool) -> None:
+    def __init__(
+        self,
+        metrics_path: Path,
+        tensorboard: Path,
+        *,
+        max_steps: int,
+        step: int,
+        validated_step: int,
+        progress: bool,
+        criterion: str = "psnr_masked",
+    ) -> None:
         known = {"validation": validated_step}
         self._log = MetricsLog(metrics_path, keep=lambda record: record["step"] <= known.get(record.get("kind"), step))
         self._events = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
-        self._progress = Progress(max_steps, step, enabled=progress)
+        self._progress = Progress(max_steps, step, enabled=progress, criterion=criterion)
 
     def __enter__(self) -> Records:
         return self
@@ -162,3 +174,22 @@ class Records:
         for name, value in values.items():
             if value is not None:
                 self._events.add_scalar(f"{prefix}/{name}", value, step)
+
+
+class NoRecords:
+    """In the place of :class:`Records` in a process that does not own the run."""
+
+    def __enter__(self) -> NoRecords:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def training(self, *_: object, **__: object) -> None:
+        pass
+
+    def validation(self, *_: object, **__: object) -> None:
+        pass

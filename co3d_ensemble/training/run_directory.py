@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from co3d_ensemble.config import FREE_KEYS
 from co3d_ensemble.files import remove_temporaries, write_json_atomic, write_text_atomic
 from co3d_ensemble.training.environment import describe_environment
 from co3d_ensemble.training.lock import FolderLock
+from co3d_ensemble.training.processes import Processes
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,15 @@ class RunDirectory:
                 shutil.rmtree(folder)
         for file in (self.metrics_path, self.results_path, self.budget_path, self.environment_path, self.config_path):
             file.unlink(missing_ok=True)
+
+
+@contextmanager
+def opened_by_first(processes: Processes, path: Path | str, config: Any, **options: Any) -> Iterator[RunDirectory | None]:
+    """:meth:`RunDirectory.open` in the first of several processes; the others get None, or the first one's error."""
+    with ExitStack() as held:
+        opened: list[RunDirectory] = []
+        processes.from_first(lambda: opened.append(held.enter_context(RunDirectory.open(path, config, **options))))
+        yield opened[0] if opened else None
 
 
 def is_free(key: str, free_keys: Iterable[str] = FREE_KEYS) -> bool:

@@ -13,6 +13,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, the shells' convention
 EXIT_PREEMPTED = 143  # 128 + SIGTERM
 
 _REASONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "preempted"}
+REASONS = ("", "preempted", "interrupted")  # where processes differ the later one holds
 
 
 class StopSignals:

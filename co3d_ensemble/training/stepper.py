@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from co3d_ensemble.functional.schedules import ema_decay, implicitron_steps, ramp, warmup_cosine
+from co3d_ensemble.functional.schedules import ema_decay, implicitron_steps, milestone_steps, ramp, warmup_cosine
 from co3d_ensemble.training.ema import EMA
 from co3d_ensemble.training.finite_guard import FiniteGuard
 from co3d_ensemble.training.optimizer import (
@@ -20,6 +20,7 @@ from co3d_ensemble.training.optimizer import (
     parameters_of,
     set_learning_rates,
 )
+from co3d_ensemble.training.processes import ALONE, Processes
 from co3d_ensemble.training.task import Task
 
 INITIALISATION = -1  # the "step" whose seed a model is initialised with
@@ -35,18 +36,34 @@ def splitmix64(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def seed_default_generators(seed: int, step: int) -> None:
-    """Seeds torch's default generators, on every device, from (seed, step): resuming needs no saved random state."""
-    torch.manual_seed(splitmix64(splitmix64(seed & _MASK64) ^ (step & _MASK64)) >> 1)  # manual_seed takes 63 bits
+def derived_seed(seed: int, *numbers: int) -> int:
+    """63 bits that follow from all the numbers; others give unrelated ones."""
+    value = splitmix64(seed & _MASK64)
+    for number in numbers:
+        value = splitmix64(value ^ (number & _MASK64))
+    return value >> 1
+
+
+def seed_default_generators(seed: int, step: int, rank: int = 0) -> None:
+    """Seeds torch's default generators, on every device, from (seed, step): resuming needs no saved random state.
+
+    Args:
+        rank: of a process among several, each of which draws its own numbers; the first draws those of a process alone.
+    """
+    torch.manual_seed(derived_seed(seed, step, *([rank] if rank else [])))  # manual_seed takes 63 bits
 
 
 class Stepper:
     """A task with its optimizer, EMA and guard.
 
     Within a step the order is: seed, ``structure(step)``, ``batch(step)``, ``losses``, backward, penalties of the task's own,
-    guard, clip, lr, Adam, EMA.
+    average over the processes, guard, clip, lr, Adam, EMA.
     A structure change thus precedes the step it is asked for, and a checkpoint "before step s" never contains it.
-    ``torch.profiler`` shows the parts under the names batch, losses, backward, penalties, clip, adam and ema.
+    ``torch.profiler`` shows the parts under the names batch, losses, backward, penalties, reduce, clip, adam and ema.
+
+    Of several processes each draws its own numbers from ``batch`` on (``structure`` sees the same in all). Losses and gradients
+    are averaged over them, so that weights, what is logged and what stops a run are the same in all, and a loss that is not
+    finite in one of them stops all at the same step under its name.
 
     After a change, moments and averages of parameters that kept name and shape stay, the others start anew, unless the
     task has ``remap_moments(ema, moments) -> (ema, moments)``: both by parameter name, ``moments`` holding Adam's
@@ -59,10 +76,12 @@ class Stepper:
         config: a ``TrainingConfig`` or a node of its shape.
         deferred: leave non-finite values to the device and :meth:`check` (no synchronisation within a step) instead of
             raising in the step itself.
+        processes: those that train the model together. Its parameters and buffers become the first one's.
     """
 
-    def __init__(self, task: Task, config: Any, *, deferred: bool) -> None:
-        self.task, self.config, self.deferred = task, config, deferred
+    def __init__(self, task: Task, config: Any, *, deferred: bool, processes: Processes = ALONE) -> None:
+        self.task, self.config, self.deferred, self.processes = task, config, deferred, processes
+        processes.copy_first([*task.model.parameters(), *task.model.buffers()])
         weights = getattr(task, "loss_weights", config.loss_weights)
         self.weights = {str(name): float(weight) for name, weight in weights.items() if weight is not None}
         self._penalties = tuple(name for name in getattr(task, "penalty_names", ()) if name in self.weights)
@@ -73,6 +92,7 @@ class Stepper:
         self._names: tuple[str, ...] = ()
         self._window: Tensor | None = None
         self._window_steps = 0
+        self._reduced: list[Tensor] | None = None  # parameters that get a gradient in any process; None: not known yet
 
     def run(self, step: int) -> None:
         """Step number ``step``, 0-based.
@@ -84,6 +104,8 @@ class Stepper:
         seed_default_generators(self.config.seed, step)
         if self.task.structure(step):
             self._rebuild()
+        if self.processes.rank:
+            seed_default_generators(self.config.seed, step, self.processes.rank)
         with record_function("batch"):
             batch = self.task.batch(step)
         with record_function("losses"):
@@ -97,6 +119,9 @@ class Stepper:
             with record_function("penalties"):
                 added = self.task.add_penalties({name: self._weight(name, step) for name in self._penalties})
                 losses, total = {**losses, **added}, total.detach() + self._total(added, step)
+        if self.processes.size > 1:
+            with record_function("reduce"):
+                losses, total = self._average(losses, total)
         with record_function("clip"):
             norm = clip_gradients(parameters_of(self.optimizer), self.config.clip_grad_norm)
             self._observe(step, losses, total, norm)
@@ -110,9 +135,11 @@ class Stepper:
     def lr_multiplier(self, step: int) -> float:
         if self.config.schedule == "steps":
             return implicitron_steps(step, self.config.max_steps)
+        if self.config.schedule == "milestones":
+            return milestone_steps(step, self.config.max_steps, self.config.milestones)
         if self.config.schedule == "warmup_cosine":
             return warmup_cosine(step, self.config.max_steps, self.config.warmup, self.config.lr_final)
-        raise ValueError(f"training.schedule={self.config.schedule!r}: expected warmup_cosine or steps")
+        raise ValueError(f"training.schedule={self.config.schedule!r}: expected warmup_cosine, steps or milestones")
 
     def check(self) -> None:
         """Raises ``NonFiniteLoss`` if any step so far was not finite; waits for the device."""
@@ -143,6 +170,7 @@ class Stepper:
             self.ema.load_state_dict(state["ema"])
 
     def _build_optimizer(self) -> torch.optim.Adam:
+        self._reduced = None
         groups = self.task.parameter_groups()
         return build_adam(groups, self.task.model, betas=self.config.betas, eps=self.config.adam_eps)
 
@@ -156,6 +184,24 @@ class Stepper:
         load_moments(self.optimizer, moments)
         if self.ema is not None:
             self.ema.rebuild(self.task.model, averages)
+
+    def _average(self, losses: Mapping[str, Tensor], total: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Averages the gradients over the processes, and returns the averages of the losses and their total, all at once.
+
+        Which parameters take part is agreed on once per structure: a gradient that a process lacks counts as 0 there.
+        """
+        parameters = parameters_of(self.optimizer)
+        if self._reduced is None:
+            by_process = self.processes.gather([parameter.grad is not None for parameter in parameters])
+            found = [any(flags) for flags in zip(*by_process, strict=True)]
+            self._reduced = [parameter for parameter, there in zip(parameters, found, strict=True) if there]
+        for parameter in self._reduced:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        values = torch.stack([value.detach().reshape(()).to(total) for value in (total, *losses.values())])
+        self.processes.average([*(parameter.grad for parameter in self._reduced), values])
+        total, *own = values.unbind()
+        return dict(zip(losses, own, strict=True)), total
 
     def _check_losses(self, losses: Mapping[str, Tensor]) -> None:
         known = [*losses, *self._penalties]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class Task(Protocol):
     """One thing to train. The loop owns steps, optimizer, EMA, checkpoints and logs; the task owns meaning.
 
-    Randomness: before ``batch(step)`` the loop seeds torch's default generators from (seed, step); a task draws from
-    them and keeps no generator of its own, so that a resumed run sees the same numbers.
+    Randomness: before ``batch(step)`` the loop seeds torch's default generators from (seed, step), in several processes each
+    with its own numbers; a task draws from them and keeps no generator of its own, so that a resumed run sees the same numbers.
 
     Optional, looked up by name:
         structure_seconds() -> (count, seconds): how many structure changes a whole run of the task's settings makes and what
@@ -23,6 +23,8 @@ class Task(Protocol):
         penalty_names, add_penalties(weights) -> losses: penalties on the parameters that the task differentiates itself. The
             names have their weights among those of the losses; the call, after the backward pass, adds the gradient of the
             weighted sum to the parameters' ``grad`` and returns the unweighted values.
+        criterion: name of the metric of ``validate``, higher is better, that picks the best checkpoint and stops early; without it
+            psnr_masked.
         remap_moments, loss_weights: see :class:`~co3d_ensemble.training.stepper.Stepper`.
         rays_per_step: for rays per second.
 
@@ -42,7 +44,10 @@ class Task(Protocol):
         """Unweighted scalar losses under stable names."""
 
     def validate(self) -> dict[str, float]:
-        """Metrics of ``model`` as it stands (the loop has put the EMA weights in); must hold ``psnr_masked``."""
+        """Metrics of ``model`` as it stands (the loop has put the EMA weights in); must hold the criterion.
+
+        Of several processes all call this; the first one's metrics count.
+        """
 
     def pictures(self) -> Iterable[tuple[str, Tensor]]:
         """(tag, uint8 picture (3, H, W)) pairs for TensorBoard, from the last ``validate``."""

@@ -1,7 +1,10 @@
-"""A tiny regression with dropout and a buffer that training changes; as a script, one run of it: ``toy_task.py FOLDER KEY=VALUE...``."""
+"""A tiny regression with dropout and a buffer that training changes; as a script, one run of it: ``toy_task.py FOLDER KEY=VALUE...``,
+also under torchrun, where ``dies=RANK`` kills a process at step 10."""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 
@@ -12,7 +15,8 @@ from torch import nn
 from co3d_ensemble.config import TrainingConfig
 from co3d_ensemble.training.budget import fit_budget
 from co3d_ensemble.training.loop import TrainingResult, train
-from co3d_ensemble.training.run_directory import RunDirectory
+from co3d_ensemble.training.processes import ALONE, joined
+from co3d_ensemble.training.run_directory import opened_by_first
 from co3d_ensemble.training.stepper import INITIALISATION, seed_default_generators
 
 DEFAULTS = {
@@ -82,19 +86,27 @@ def settings(**overrides):
     return OmegaConf.create({"training": OmegaConf.merge(merged, overrides)})
 
 
-def run_toy(folder, *, make_task=ToyTask, device="cpu", **overrides) -> tuple[TrainingResult, ToyTask]:
+def run_toy(folder, *, make_task=ToyTask, device="cpu", processes=ALONE, **overrides) -> tuple[TrainingResult, ToyTask]:
     """What a launch script does."""
     config = settings(**overrides)
-    with RunDirectory.open(folder, config, resume=config.training.resume, device=device) as run:
-        training = fit_budget(make_task, run, device)
+    with opened_by_first(processes, folder, config, resume=config.training.resume, device=device) as run:
+        training = fit_budget(make_task, run, device, processes)
         seed_default_generators(training.seed, INITIALISATION)
         task = make_task(training)
-        return train(task, training, run, device), task
+        return train(task, training, run, device, processes), task
+
+
+class DyingTask(ToyTask):
+    def batch(self, step):
+        if step == 10 and os.environ.get("RANK") == self.dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().batch(step)
 
 
 if __name__ == "__main__":
     folder, *dotlist = sys.argv[1:]
     options = OmegaConf.to_container(OmegaConf.from_dotlist(dotlist))
-    sleep = options.pop("sleep", 0.0)
-    result, _ = run_toy(folder, make_task=lambda config: ToyTask(config, sleep=sleep), **options)
+    sleep, DyingTask.dies = options.pop("sleep", 0.0), str(options.pop("dies", None))
+    with joined("cpu") as (processes, _):
+        result, _ = run_toy(folder, make_task=lambda config: DyingTask(config, sleep=sleep), processes=processes, **options)
     sys.exit(result.exit_status)
