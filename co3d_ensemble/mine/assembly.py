@@ -18,6 +18,8 @@ from co3d_ensemble.training.run_directory import RunDirectory
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
+ConfigStore.instance().store(name="mine_schema", node=MINEConfig)  # what configs/train_mine.yaml builds on
+
 
 def compose_mine(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> DictConfig:
     """A run's settings from ``configs/mine`` and Hydra overrides (``experiment=mine_generated training.lr_decoder=1e-3``).
@@ -26,7 +28,6 @@ def compose_mine(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Dic
         hydra.errors.HydraException, ValueError: an unknown key or experiment, a wrong type or value; the message names it.
     """
     named = [f"mine={override.partition('=')[2]}" if override.startswith("experiment=") else override for override in overrides]
-    ConfigStore.instance().store(name="mine_schema", node=MINEConfig)
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         config = compose("train_mine", named)
     # Hydra's "+key=value" adds what the schema lacks: refused here like any other unknown key
@@ -51,6 +52,7 @@ def build_network(model: Any, *, load_weights: bool = True) -> MPINetwork:
         n_harmonics=model.n_harmonics,
         encoding=model.encoding,
         mode=model.mode,
+        poolings=model.poolings,
         precision=model.precision,
         compile=model.compile,
     )

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from co3d_ensemble.config import LOOP_RANGES, LoopConfig, check_choices, check_positive, check_ranges, setting
 
 DATA_KINDS = ("generated", "co3d", "realestate10k", "kitti_raw", "llff", "flowers")
-ENCODERS = ("resnet18", "resnet34", "resnet50")
+ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101")
 LOSSES = (
     "loss_rgb_target",
     "loss_ssim_target",
@@ -38,7 +38,7 @@ class MINEDataConfig:
     height: int = setting(256, "rows of all pictures, pixels")
     width: int = setting(384, "columns of all pictures, pixels")
     n_points: int = setting(256, "sparse points per picture, where the data have any")
-    options: dict[str, Any] = setting({}, "arguments of the data set of this kind, for training and validation")
+    options: dict[str, Any] = setting({}, "arguments of the data set of this kind, for training and validation (+data.options.KEY=VALUE)")
     train_options: dict[str, Any] = setting({}, "the same, for the training pairs only")
     val_options: dict[str, Any] = setting({}, "the same, for the validation pairs only")
     max_val_pairs: int = setting(32, "pairs of the validation split scored per validation, evenly spread")
@@ -48,10 +48,11 @@ class MINEDataConfig:
 @dataclass
 class MINEModelConfig:
     encoder: str = setting("resnet50", " | ".join(ENCODERS))
-    weights: str | None = setting(None, "file with torchvision's weights of the encoder; null: random, nothing is downloaded")
+    weights: str | None = setting(None, "file with torchvision's weights of the encoder | hub: torch hub's | null: random")
     encoding: str = setting("reference", "reference: disparity and sin/cos(2^k d) | slides: sin/cos(2^k pi d)")
     n_harmonics: int = setting(10, "octaves of the encoding of the disparity")
     mode: str = setting("sigma", "sigma: density | alpha: opacity per plane")
+    poolings: int = setting(2, "poolings of the bottleneck, 0 to 2; the reference's 2 leave one pixel of a picture of 128 x 128")
     n_planes: int = setting(32, "planes per picture in training; the same weights render with any number")
     n_fine_planes: int = setting(0, "planes added where a first pass finds surfaces (coarse to fine); 0: off")
     near_disparity: float = setting(1.0, "disparity of the nearest plane, 1 / unit of the scene")
@@ -60,7 +61,6 @@ class MINEModelConfig:
     plane_chunk: int | None = setting(None, "planes decoded at once in rendering, to fit a small card; null: all")
     precision: str = setting("float32", "float32 | bfloat16: autocast of the network")
     compile: bool = setting(False, "torch.compile the decoder")
-    channels_last: bool = setting(False, "weights and features with channels innermost: faster in bfloat16 on some CPUs and on CUDA")
 
 
 @dataclass
@@ -85,11 +85,11 @@ class MINETrainingConfig(LoopConfig):
             "loss_disparity_source": 1.0,
             "loss_disparity_target": 1.0,
         },
-        "weight per loss name, each a sum over the scales; null or 0 drops it",
+        "weight per loss name, each a sum over the scales (v1: the full one); null or 0 drops it",
     )
-    multi_scale: bool = setting(True, "colours are compared at all four scales, not only at the full one")
-    smoothness_gmin: float = setting(2.0, "v1: depth gradients above gmin times their mean cost")
-    smoothness_ratio: float = setting(0.1, "v1: image gradients above this share of their maximum are edges")
+    multi_scale: bool = setting(True, "all losses but v1 at all four scales, not only at the full one")
+    smoothness_gmin: float = setting(2.0, "v1: normalised disparity gradient that costs nothing")
+    smoothness_ratio: float = setting(0.1, "v1: share of the picture's largest gradient from which on a pixel is an edge")
     calibrate_scale: bool = setting(True, "the scene's unit is unknown: fit it to the sparse points in every step")
     sync_batchnorm: bool = setting(True, "batch-norm statistics over all processes (CUDA only; one process has nothing to synchronise)")
 
@@ -148,6 +148,7 @@ _RANGES = {
     "data.max_val_pairs": "[1, inf)",
     "data.workers": "[0, inf)",
     "model.n_harmonics": "[0, inf)",
+    "model.poolings": "[0, 2]",
     "model.n_planes": "[2, inf)",
     "model.n_fine_planes": "[0, inf)",
     "model.near_disparity": "(0, inf)",

@@ -1,0 +1,113 @@
+"""Training batches as a function of (seed, step), whatever reads them: a resumed run, or one of other processes, sees the same pairs."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from co3d_ensemble.mine.pairs import Pair, collate
+from co3d_ensemble.training.stepper import derived_seed
+
+_ORDER, _ITEM = 0, 1  # what a seed is derived for
+
+
+class PairLoader:
+    """A process's share of every step's batch.
+
+    The batches walk through the data set in an order that is drawn anew for each pass, from the seed; a pair that a data set draws
+    anything for (its target, its points) gets a seed of its own. Pair k of a batch belongs to process ``k % size``.
+
+    Args:
+        dataset: of :class:`Pair`, drawing from torch's default generator only.
+        batch_size: pairs per step of all processes together.
+        workers: reading processes; 0: this one.
+        pin_memory: for copies to a GPU that wait for nothing.
+
+    Raises:
+        ValueError: a batch that the processes cannot share evenly.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Pair],
+        *,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        size: int = 1,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        if batch_size % size:
+            raise ValueError(f"training.batch_size={batch_size}: must be a multiple of the number of processes, {size}")
+        self._items = _SeededItems(dataset)
+        self._share = {"n_pairs": len(dataset), "batch_size": batch_size, "seed": seed, "rank": rank, "size": size}  # type: ignore[arg-type]
+        self._workers, self._pin_memory = workers, pin_memory
+        self._next = -1  # the step whose batch the iterator gives next
+        self._batches: Iterator[Pair] = iter(())
+
+    def batch(self, step: int) -> Pair:
+        """On the CPU. Steps in succession come from workers that read ahead; any other step starts them anew."""
+        if step != self._next:
+            loader: DataLoader[Any] = DataLoader(
+                self._items,
+                batch_sampler=Steps(step, **self._share),  # type: ignore[arg-type]
+                collate_fn=collate,
+                num_workers=self._workers,
+                worker_init_fn=_ignore_signals if self._workers else None,
+                pin_memory=self._pin_memory,
+                generator=torch.Generator(),  # else it draws from the default one, on which the step's own draws would depend
+            )
+            self._batches = iter(loader)
+        self._next = step + 1
+        return next(self._batches)
+
+
+class Steps:
+    """Endless: for every step from ``first`` on, the (seed, index) of the items of one process."""
+
+    def __init__(self, first: int, *, n_pairs: int, batch_size: int, seed: int, rank: int, size: int) -> None:
+        self._first, self._n_pairs, self._batch_size = first, n_pairs, batch_size
+        self._seed, self._rank, self._size = seed, rank, size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order, epoch = torch.empty(0), -1
+        step = self._first
+        while True:
+            items = []
+            for k in range(self._rank, self._batch_size, self._size):
+                position = step * self._batch_size + k
+                if position // self._n_pairs != epoch:
+                    epoch = position // self._n_pairs
+                    generator = torch.Generator().manual_seed(derived_seed(self._seed, _ORDER, epoch))
+                    order = torch.randperm(self._n_pairs, generator=generator)
+                items.append((derived_seed(self._seed, _ITEM, position), int(order[position % self._n_pairs])))
+            yield items
+            step += 1
+
+
+class _SeededItems(Dataset[Pair]):
+    """Items by (seed, index); torch's default generator is put back as it was."""
+
+    def __init__(self, dataset: Dataset[Pair]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Pair:
+        seed, index = key
+        before = torch.random.get_rng_state()
+        torch.random.default_generator.manual_seed(seed)  # of the CPU alone: a worker has no business on a GPU
+        try:
+            return self._dataset[index]
+        finally:
+            torch.random.set_rng_state(before)
+
+
+def _ignore_signals(_: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM go to the whole group; the training process decides what they mean, and needs its workers
+    to finish the step. They end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,72 @@
+"""The pairs that a run trains and validates on, by the settings under ``data``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+from torch.utils.data import Dataset
+
+from co3d_ensemble.mine.config import check_points
+from co3d_ensemble.mine.pairs import Pair
+
+# module (imported when it is asked for, some need more than others) and class; arguments of its training and validation splits.
+# RealEstate10K has no third split: a few of its test clips are validated on, as in the reference.
+_PAIRS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "generated": ("generated", "GeneratedPairs", {}, {"first_scene": 500_000, "n_scenes": 8, "random_target": False}),
+    "co3d": ("co3d_pairs", "CO3DPairs", {"split": "train"}, {"split": "val", "random_target": False}),
+    "realestate10k": (
+        "realestate10k",
+        "RealEstate10K",
+        {"split": "train"},
+        {"split": "test", "sources_per_clip": 1, "random_target": False},
+    ),
+    "kitti_raw": ("kitti_raw", "KITTIRaw", {"split": "train"}, {"split": "val", "sources": "left"}),
+    "llff": ("llff", "LLFF", {"split": "train"}, {"split": "val", "random_target": False}),
+    "flowers": ("flowers", "Flowers", {"split": "train"}, {"split": "val", "random_target": False}),
+}
+
+
+def open_pairs(config: Any) -> tuple[Dataset[Pair], Dataset[Pair]]:
+    """Training and validation pairs of a ``MINEConfig``.
+
+    Raises:
+        ValueError: an option that the data set does not have, no pair in a split, losses or a scale that need sparse points where
+            the data have none, naming the setting; or what the data set raises itself.
+    """
+    data = config.data
+    module, name, train, val = _PAIRS[data.kind]
+    data_class = getattr(importlib.import_module(f"co3d_ensemble.mine.{module}"), name)
+    options, train_options, val_options = (
+        OmegaConf.to_container(group, resolve=True) if OmegaConf.is_config(group) else dict(group)
+        for group in (data.options, data.train_options, data.val_options)
+    )
+    common: dict[str, Any] = {"height": data.height, "width": data.width, "n_points": data.n_points}
+    if "root" in inspect.signature(data_class).parameters:
+        common["root"] = data.root
+    for key, given in (("options", options), ("train_options", train_options), ("val_options", val_options)):
+        _check_options(data_class, f"data.{key}", given, taken=common)
+    splits = {
+        "training": data_class(**common, **{**train, **options, **train_options}),
+        "validation": data_class(**common, **{**val, **options, **val_options}),
+    }
+    for split, pairs in splits.items():
+        if len(pairs) == 0:
+            raise ValueError(f"data.kind={data.kind}, data.root={data.root}: no {split} pair")
+    first: Pair = splits["training"][0]
+    if tuple(first.source.shape[-2:]) != (data.height, data.width):
+        raise ValueError(f"data.height={data.height}, data.width={data.width}: {first.name} has {tuple(first.source.shape[-2:])}")
+    check_points(config, has_points=first.source_points is not None, why=f"data.kind={data.kind}: {first.name} has none")
+    return splits["training"], splits["validation"]
+
+
+def _check_options(data_class: type, key: str, given: Mapping[str, Any], *, taken: Mapping[str, Any]) -> None:
+    accepted = [name for name in inspect.signature(data_class).parameters if name not in taken]
+    for name in given:
+        if name in taken:
+            raise ValueError(f"{key}.{name}: is data.{name}")
+        if name not in accepted:
+            raise ValueError(f"{key}.{name}: {data_class.__name__} has {', '.join(accepted)}")
