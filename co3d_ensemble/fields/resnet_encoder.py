@@ -66,7 +66,7 @@ class ResNetEncoder(nn.Module):
         return maps
 
     def _fill(self, name: str, weights: Path | str) -> None:
-        found = _from_hub(name) if weights == FROM_HUB else _from_file(weights)
+        found = _from_hub(name) if weights == FROM_HUB else read_state_dict(weights, "weights")
         found = {key: value for key, value in found.items() if not key.startswith(_NO_ENCODER)}
         own = self.state_dict()
         # files of before 2018 lack these counters, which nothing here reads
@@ -86,13 +86,18 @@ def _from_hub(name: str) -> dict[str, Tensor]:
     return torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=False, check_hash=True)
 
 
-def _from_file(path: Path | str) -> dict[str, Tensor]:
+def read_state_dict(path: Path | str, key: str) -> dict[str, Tensor]:
+    """A file of weights, as torchvision's downloads are.
+
+    Raises:
+        ValueError: ``key=path``, and why: there is no such file, it cannot be read, or it is no state dict.
+    """
     if not Path(path).is_file():
-        raise ValueError(f"weights={path}: there is no such file; null gives random weights, {FROM_HUB!r} torchvision's")
+        raise ValueError(f"{key}={path}: there is no such file; null gives random weights")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(f"weights={path}: cannot be read: {error}") from error
+        raise ValueError(f"{key}={path}: cannot be read: {error}") from error
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise ValueError(f"weights={path}: holds no state dict")
+        raise ValueError(f"{key}={path}: holds no state dict")
     return found

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from pytorch3d.implicitron.models.feature_extractor.resnet_feature_extractor import ResNetFeatureExtractor
-from torch import Tensor, nn
+from torch import nn
+
+from co3d_ensemble.fields.resnet_encoder import read_state_dict
 
 RESNET_ARGS = "image_feature_extractor_ResNetFeatureExtractor_args"
 
@@ -33,7 +33,7 @@ def load_encoder_weights(encoder: nn.Module | None, path: Path | str) -> None:
     """
     if not isinstance(encoder, ResNetFeatureExtractor):
         raise ValueError(f"model.implicitron.encoder_weights={path}: this model has no ResNetFeatureExtractor that they could go to")
-    weights = _read(path)
+    weights = read_state_dict(path, "model.implicitron.encoder_weights")
     found, missing = {}, []
     own = encoder.state_dict()
     for name, value in own.items():
@@ -55,15 +55,3 @@ def _torchvision_name(name: str) -> str:
     """Of an entry of the extractor: ``stem.0`` is conv1, ``stem.1`` bn1, ``layers.0`` layer1."""
     part, number, rest = name.split(".", 2)
     return f"{'conv1' if number == '0' else 'bn1'}.{rest}" if part == "stem" else f"layer{int(number) + 1}.{rest}"
-
-
-def _read(path: Path | str) -> dict[str, Tensor]:
-    if not Path(path).is_file():
-        raise ValueError(f"model.implicitron.encoder_weights={path}: there is no such file; null gives random weights")
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(f"model.implicitron.encoder_weights={path}: cannot be read: {error}") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"model.implicitron.encoder_weights={path}: holds no state dict")
-    return weights
