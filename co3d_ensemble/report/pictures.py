@@ -108,7 +108,7 @@ def comparison_sheet(rows: Sequence[SheetRow]) -> Tensor:
     Raises:
         ValueError: no rows, or the parts of a row differ in size; the message names the row.
     """
-    return _sheet(COLUMNS, [_row_cells(*row) for row in rows])
+    return sheet(COLUMNS, [_row_cells(*row) for row in rows])
 
 
 def ensemble_sheet(members: Sequence[str], rows: Sequence[EnsembleRow]) -> Tensor:
@@ -126,19 +126,30 @@ def ensemble_sheet(members: Sequence[str], rows: Sequence[EnsembleRow]) -> Tenso
         finite = [psnr_masked(view.rgb, _unit(photograph), _unit(gt_mask)).item() for view in views]
         caption += f" (members {', '.join(f'{value:.1f}' for value in finite)})"
         uncertain = false_color(deviation.cpu()[0] / DISAGREEMENT_RANGE, "inferno")
-        strips.append((caption, [target, *(_fit(to_uint8(view.rgb)) for view in views), *shown, _fit(uncertain)]))
-    return _sheet(columns, strips)
+        strips.append((caption, [target, *(to_uint8(view.rgb) for view in views), *shown, uncertain]))
+    return sheet(columns, strips)
 
 
-def _sheet(columns: Sequence[str], strips: Sequence[tuple[str, list[Tensor]]]) -> Tensor:
-    """Captioned rows of cells under the columns' names."""
+def sheet(columns: Sequence[str], strips: Sequence[tuple[str, list[Tensor]]]) -> Tensor:
+    """Captioned rows of cells under the columns' names.
+
+    Args:
+        strips: caption and cells, uint8 (3, H, W), per row; the cells of a row have one size.
+
+    Returns:
+        uint8, shape (3, height, width); tiny cells are enlarged without smoothing, large ones reduced.
+
+    Raises:
+        ValueError: no rows.
+    """
+    strips = [(caption, [_fit(cell) for cell in cells]) for caption, cells in strips]
     if not strips:
         raise ValueError("a comparison sheet needs at least one row")
     cell_width = max(cells[0].shape[2] for _, cells in strips)
     width = _GAP + len(columns) * (cell_width + _GAP)
     height = _HEADER + sum(_CAPTION + cells[0].shape[1] + _GAP for _, cells in strips)
-    sheet = Image.new("RGB", (width, height), _BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
+    canvas = Image.new("RGB", (width, height), _BACKGROUND)
+    draw = ImageDraw.Draw(canvas)
     left = [_GAP + column * (cell_width + _GAP) for column in range(len(columns))]
     for x, name in zip(left, columns, strict=True):
         draw.text((x + cell_width / 2, _HEADER / 2), _fitting(name, cell_width), fill=_TEXT, font=_font(17), anchor="mm")
@@ -147,9 +158,9 @@ def _sheet(columns: Sequence[str], strips: Sequence[tuple[str, list[Tensor]]]) -
         draw.text((_GAP + 2, y + _CAPTION / 2), caption, fill=_FAINT, font=_font(15), anchor="lm")
         y += _CAPTION
         for x, cell in zip(left, cells, strict=True):
-            sheet.paste(_to_pil(cell), (x + (cell_width - cell.shape[2]) // 2, y))
+            canvas.paste(_to_pil(cell), (x + (cell_width - cell.shape[2]) // 2, y))
         y += cells[0].shape[1] + _GAP
-    return torch.from_numpy(np.array(sheet)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
 def _fitting(name: str, width: int) -> str:
@@ -177,7 +188,7 @@ def _row_cells(title: str, photograph: Tensor, view: RenderedView, gt_mask: Tens
     ]
     finite = bool(torch.isfinite(view.rgb).all())
     score = f"psnr_masked {psnr_masked(view.rgb, gt, foreground).item():.1f} dB" if finite else "render is not finite"
-    return f"{title}   {score}", [_fit(cell) for cell in cells]
+    return f"{title}   {score}", cells
 
 
 def _unit(image: Tensor) -> Tensor:
