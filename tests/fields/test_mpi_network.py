@@ -258,13 +258,13 @@ def test_the_compile_option_changes_neither_outputs_nor_gradients(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda fn, **options: traced.append(fn) or compiler(fn, **options, backend="eager"))
     plain, compiled = network().train(), made.__wrapped__(compile=True).train()
     assert traced
-    for n_planes in (2, 3):
-        image, disparity = inputs(64, 64, n_planes=n_planes)
-        results = []
-        for model in (plain, compiled):
-            outputs = flat(model(image, disparity))
-            results.append((outputs, torch.autograd.grad(sum(part.square().sum() for part in outputs), list(model.parameters()))))
-        torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
+    image, disparity = inputs(64, 64, n_planes=2)
+    results = []
+    for model in (plain, compiled):
+        outputs = flat(model(image, disparity, n_scales=1))  # tracing takes seconds per stage
+        gradients = torch.autograd.grad(sum(part.square().sum() for part in outputs), list(model.parameters()), allow_unused=True)
+        results.append((outputs, gradients))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
 
 
 def test_small_pictures_can_do_without_the_bottlenecks_poolings():
