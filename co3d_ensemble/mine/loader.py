@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,6 +51,8 @@ class PairLoader:
         self._workers, self._pin_memory = workers, pin_memory
         self._next = -1  # the step whose batch the iterator gives next
         self._batches: Iterator[Pair] = iter(())
+        if workers:
+            atexit.register(_close, weakref.ref(self))
 
     def batch(self, step: int) -> Pair:
         """On the CPU. Steps in succession come from workers that read ahead; any other step starts them anew."""
@@ -65,6 +69,14 @@ class PairLoader:
             self._batches = iter(loader)
         self._next = step + 1
         return next(self._batches)
+
+    def close(self) -> None:
+        """Ends the workers. At the end of the process this must come before multiprocessing's own cleaning up, which terminates them
+        by the signal that they ignore and waits for them: an error whose traceback holds the loader would hang for ever."""
+        batches, self._batches, self._next = self._batches, iter(()), -1
+        shut_down = getattr(batches, "_shutdown_workers", None)  # what the iterator's own destructor calls
+        if shut_down is not None:
+            shut_down()
 
 
 class Steps:
@@ -104,6 +116,12 @@ class _SeededItems(Dataset[Pair]):
             return self._dataset[index]
         finally:
             torch.random.set_rng_state(before)
+
+
+def _close(loader: weakref.ref[PairLoader]) -> None:
+    there = loader()
+    if there is not None:
+        there.close()
 
 
 def _ignore_signals(_: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import multiprocessing
 
 import pytest
 import torch
@@ -46,6 +48,22 @@ def test_a_batch_depends_on_seed_and_step_alone():
 def test_workers_give_the_same_batches():
     read, own = loader(workers=1), loader()
     assert [content(read.batch(step)) for step in range(3)] == [content(own.batch(step)) for step in range(3)]
+
+
+def test_workers_end_with_the_process_also_where_an_error_holds_the_loader(monkeypatch):
+    """They ignore SIGTERM, by which multiprocessing would end them at the exit before it waits for them."""
+    at_exit = []
+    monkeypatch.setattr(atexit, "register", lambda *call: at_exit.append(call))
+    before = set(multiprocessing.active_children())
+    held = loader(workers=1)
+    held.batch(0)
+    batches = held._batches  # as a traceback would
+    assert set(multiprocessing.active_children()) > before
+    for function, *arguments in at_exit:
+        function(*arguments)
+    assert set(multiprocessing.active_children()) == before and batches is not held._batches
+    assert content(held.batch(1)) == content(loader().batch(1))
+    held.close()
 
 
 def test_the_default_generator_is_left_as_it_was():
