@@ -6,7 +6,7 @@ left pixel, and ``X_target = R X_source + t``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -45,8 +45,17 @@ class Pair:
     target_mask: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Pair:
+        """On a device; a copy to a GPU from pinned memory waits for nothing."""
+        away = torch.device(device).type != "cpu"  # the other way, values could be read before they are there
+        return self._each(lambda value: value.to(device, non_blocking=away))
+
+    def pin_memory(self) -> Pair:
+        """In page-locked memory: what a ``DataLoader`` with ``pin_memory`` calls; it leaves alone what lacks the method."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Pair:
         tensors = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "name"}
-        return replace(self, **{name: value.to(device) for name, value in tensors.items() if value is not None})
+        return replace(self, **{name: change(value) for name, value in tensors.items() if value is not None})
 
 
 def collate(pairs: Sequence[Pair]) -> Pair:
