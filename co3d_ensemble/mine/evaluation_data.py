@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from omegaconf import OmegaConf
 
 from co3d_ensemble.mine.clip_pairs import ClipFrames, draw_clip_pairs, read_clip_pairs
 from co3d_ensemble.mine.protocols import RULES, ClipTasks, PairTasks, ScoreRules, SourceTasks, rules_of
+from co3d_ensemble.mine.training_data import SPLIT_ARGUMENTS
 
 # module (imported when it is asked for, some need more than others) and class; arguments that its test split has
 _PAIRS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -33,7 +35,8 @@ def open_test_set(dataset: str, settings: Any, run: Any) -> tuple[SourceTasks, S
     Args:
         dataset: one of ``TEST_SETS``.
         settings: an ``EvaluateConfig``.
-        run: the trained run's configuration; its data's root and options count where it was trained on this data set.
+        run: the trained run's configuration; where it was trained on this data set, its root counts and so do its options, but not
+            those that chose what it was validated on.
 
     Returns:
         The sources, how they are scored, and notes for the table.
@@ -46,8 +49,7 @@ def open_test_set(dataset: str, settings: Any, run: Any) -> tuple[SourceTasks, S
     data_class = getattr(importlib.import_module(f"co3d_ensemble.mine.{module}"), name)
     options: dict[str, Any] = {"height": run.data.height, "width": run.data.width, "n_points": run.data.n_points, **defaults}
     if trained_on_it:
-        for group in (run.data.options, run.data.val_options):
-            options |= OmegaConf.to_container(group, resolve=True)  # type: ignore[arg-type]
+        options |= _of_the_run(run.data, defaults)
     if settings.scale == "none":
         options["n_points"] = 0
     options |= settings.options
@@ -68,6 +70,13 @@ def open_test_set(dataset: str, settings: Any, run: Any) -> tuple[SourceTasks, S
         tasks, notes = _clips(pairs, settings)
         return tasks, rules, notes
     return PairTasks(pairs, row=None if dataset in DEPTH_ONLY else rules.row, seed=settings.seed), rules, []
+
+
+def _of_the_run(data: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a training that hold for the test split as well."""
+    both, val = (OmegaConf.to_container(group, resolve=True) for group in (data.options, data.val_options))
+    chosen = {**{name: value for name, value in val.items() if name not in defaults}, **both}
+    return {name: value for name, value in chosen.items() if name not in SPLIT_ARGUMENTS}
 
 
 def _clips(dataset: Any, settings: Any) -> tuple[ClipTasks, list[str]]:

@@ -28,14 +28,16 @@ _PAIRS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "llff": ("llff", "LLFF", {"split": "train"}, {"split": "val", "random_target": False}),
     "flowers": ("flowers", "Flowers", {"split": "train"}, {"split": "val", "random_target": False}),
 }
+# arguments that tell one split from another: what gave them to both would validate on what is trained on
+SPLIT_ARGUMENTS = ("split", "first_scene", "sequences", "files")
 
 
 def open_pairs(config: Any) -> tuple[Dataset[Pair], Dataset[Pair]]:
     """Training and validation pairs of a ``MINEConfig``.
 
     Raises:
-        ValueError: an option that the data set does not have, no pair in a split, losses or a scale that need sparse points where
-            the data have none, naming the setting; or what the data set raises itself.
+        ValueError: an option that the data set does not have or that would give both splits the same scenes, no pair in a split,
+            losses or a scale that need sparse points where the data have none, naming the setting; or what the data set raises itself.
     """
     data = config.data
     module, name, train, val = _PAIRS[data.kind]
@@ -49,6 +51,14 @@ def open_pairs(config: Any) -> tuple[Dataset[Pair], Dataset[Pair]]:
         common["root"] = data.root
     for key, given in (("options", options), ("train_options", train_options), ("val_options", val_options)):
         _check_options(data_class, f"data.{key}", given, taken=common)
+    shared = [name for name in SPLIT_ARGUMENTS if name in options]
+    if shared:
+        name = shared[0]
+        raise ValueError(f"data.options.{name}: would be that of both splits; it belongs under data.train_options or data.val_options")
+    for name in ("sequences", "files"):
+        twice = sorted(set(train_options.get(name) or ()) & set(val_options.get(name) or ()))
+        if twice:
+            raise ValueError(f"data.train_options.{name} and data.val_options.{name}: both have {twice[0]}")
     splits = {
         "training": data_class(**common, **{**train, **options, **train_options}),
         "validation": data_class(**common, **{**val, **options, **val_options}),
@@ -56,11 +66,20 @@ def open_pairs(config: Any) -> tuple[Dataset[Pair], Dataset[Pair]]:
     for split, pairs in splits.items():
         if len(pairs) == 0:
             raise ValueError(f"data.kind={data.kind}, data.root={data.root}: no {split} pair")
+    if data.kind == "generated":
+        _check_scenes_apart(splits["training"], splits["validation"])
     first: Pair = splits["training"][0]
     if tuple(first.source.shape[-2:]) != (data.height, data.width):
         raise ValueError(f"data.height={data.height}, data.width={data.width}: {first.name} has {tuple(first.source.shape[-2:])}")
     check_points(config, has_points=first.source_points is not None, why=f"data.kind={data.kind}: {first.name} has none")
     return splits["training"], splits["validation"]
+
+
+def _check_scenes_apart(train: Any, val: Any) -> None:
+    """Generated scenes are known by seed and number."""
+    first, last = max(train.first_scene, val.first_scene), min(train.first_scene + train.n_scenes, val.first_scene + val.n_scenes)
+    if train.seed == val.seed and first < last:
+        raise ValueError(f"data.train_options and data.val_options: both have the generated scenes {first} to {last - 1}")
 
 
 def _check_options(data_class: type, key: str, given: Mapping[str, Any], *, taken: Mapping[str, Any]) -> None:

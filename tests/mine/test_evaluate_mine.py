@@ -10,9 +10,10 @@ import pytest
 
 from co3d_ensemble.config import settings_with_help
 from co3d_ensemble.mine import evaluation_run
+from co3d_ensemble.mine.evaluation_data import open_test_set
 from co3d_ensemble.mine.evaluation_run import EvaluateConfig
 from launch import evaluate_mine
-from tests.mine.stacks import write_run
+from tests.mine.stacks import mine_config, write_run
 from tests.mine.test_kitti_raw import NAME, write_drive
 from tests.mine.test_realestate10k import timestamp, write_clip
 
@@ -58,6 +59,16 @@ def test_one_checkpoint_is_scored_at_several_numbers_of_planes_in_views_and_dept
     for part in ("PSNR", "SSIM", "LPIPS", "Abs Rel", "< 1.25^3", f"{views['psnr']:.2f}", f"{depth['abs_rel']:.4f}", "results.json"):
         assert part in shown
     assert f"LPIPS: {views['reasons']['lpips']}"[:40] in shown
+
+
+def test_what_a_run_was_trained_and_validated_on_is_not_what_it_is_tested_on():
+    both, val = {"first_scene": 3, "n_views": 2}, {"first_scene": 7, "n_scenes": 1, "supersample": 1}
+    trained = mine_config(data__options=both, data__val_options=val)
+    tasks, _, _ = open_test_set("generated", EvaluateConfig(checkpoint="unused"), trained)
+    pairs = tasks._dataset
+    assert pairs.first_scene >= 1_000_000 and (pairs.n_scenes, pairs.n_views, pairs.supersample) == (20, 2, 1)
+    tasks, _, _ = open_test_set("generated", EvaluateConfig(checkpoint="unused", options={"n_scenes": 2}), trained)
+    assert tasks._dataset.n_scenes == 2
 
 
 def test_fixed_planes_give_the_same_scores_again_whatever_the_chunks(run, tmp_path):

@@ -138,8 +138,10 @@ def test_finer_planes_alpha_and_the_references_schedule_train(tmp_path):
         ({"data__train_options": "{n_rooms: 3}"}, "data.train_options.n_rooms: GeneratedPairs has n_scenes"),
         ({"data__options": "{height: 3}"}, "data.options.height: is data.height"),
         ({"data__options": "{n_views: 7}"}, "n_views=7"),
+        ({"data__options": "{first_scene: 5}"}, "data.options.first_scene: would be that of both splits"),
+        ({"data__val_options": "{first_scene: 3}"}, "data.train_options and data.val_options: both have the generated scenes 3 to 3"),
     ],
 )
-def test_options_that_the_data_set_does_not_have_are_named(changes, message):
+def test_options_that_cannot_be_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         open_pairs(compose_mine(overrides("unused", **changes)))
