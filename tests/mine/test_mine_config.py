@@ -29,6 +29,16 @@ def test_every_setting_has_one_line_of_help():
     assert all(text.strip() and "\n" not in text for text in SETTINGS.values())
 
 
+@pytest.mark.parametrize("document", [train_mine.__doc__, (CONFIG_DIR.parent / "README.md").read_text()], ids=["help", "README"])
+def test_the_documents_commands_for_several_processes_give_each_of_them_a_share(document):
+    commands = [line.split() for line in document.splitlines() if "torchrun" in line and "launch/train_mine.py" in line]
+    assert commands
+    for command in commands:
+        n_processes = int(command[command.index("--nproc_per_node") + 1])
+        config = compose_mine(command[command.index("launch/train_mine.py") + 1 :])
+        assert config.training.batch_size % n_processes == 0
+
+
 @pytest.mark.parametrize("key", FREE_KEYS)
 def test_free_keys_exist(key):
     assert any(is_free(setting, [key]) for setting in SETTINGS)
