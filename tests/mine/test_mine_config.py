@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from co3d_ensemble.config import settings_with_help
+from co3d_ensemble.functional.mpi_losses import edge_threshold_smoothness
 from co3d_ensemble.mine.assembly import CONFIG_DIR, compose_mine
-from co3d_ensemble.mine.config import FREE_KEYS, MINEConfig, active_weights, check_points, resolve_steps, validate
+from co3d_ensemble.mine.config import FREE_KEYS, MINEConfig, MINETrainingConfig, active_weights, check_points, resolve_steps, validate
 from co3d_ensemble.training.run_directory import flattened, is_free
 from launch import train_mine
 
@@ -42,6 +45,12 @@ def test_the_documents_commands_for_several_processes_give_each_of_them_a_share(
 @pytest.mark.parametrize("key", FREE_KEYS)
 def test_free_keys_exist(key):
     assert any(is_free(setting, [key]) for setting in SETTINGS)
+
+
+def test_the_first_smoothness_has_one_default():
+    parameters = inspect.signature(edge_threshold_smoothness).parameters
+    own = (parameters["min_gradient"].default, parameters["edge_ratio"].default)
+    assert own == (MINETrainingConfig.smoothness_gmin, MINETrainingConfig.smoothness_ratio) == (2.0, 0.1)
 
 
 @pytest.mark.parametrize("name", PRESETS)
