@@ -32,6 +32,10 @@ class FirstProcessFailed(RuntimeError):
     """What the first process was asked for ended in an error there; every other process raises this."""
 
 
+class ProcessLost(RuntimeError):
+    """Another process of the run has ended, or does not answer any more: there is nobody left to go on with."""
+
+
 class Processes:
     """This process alone: nothing to agree on. :func:`joined` gives one of several.
 
@@ -86,7 +90,8 @@ class Joined(Processes):
 
     def largest(self, *values: int) -> list[int]:
         agreed = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self._control)
+        with _together():
+            dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self._control)
         return agreed.tolist()
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -97,14 +102,16 @@ class Joined(Processes):
             except Exception as error:
                 dist.broadcast_object_list([None, f"{type(error).__name__}: {error}"], src=0, group=self._control)
                 raise
-        dist.broadcast_object_list(outcome, src=0, group=self._control)
+        with _together():
+            dist.broadcast_object_list(outcome, src=0, group=self._control)
         if outcome[1] is not None:
             raise FirstProcessFailed(f"the first process stopped: {outcome[1]}")
         return outcome[0]
 
     def gather(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self._control)
+        with _together():
+            dist.all_gather_object(values, value, group=self._control)
         return values
 
     @torch.no_grad()
@@ -114,7 +121,8 @@ class Joined(Processes):
             by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for group in by_kind.values():
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            dist.all_reduce(flat)
+            with _together():
+                dist.all_reduce(flat)
             flat /= self.size
             parts = flat.split([tensor.numel() for tensor in group])
             torch._foreach_copy_(group, [part.view(tensor.shape) for part, tensor in zip(parts, group, strict=True)])
@@ -123,8 +131,18 @@ class Joined(Processes):
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
             sent = tensor.detach().contiguous()
-            dist.broadcast(sent, src=0)
+            with _together():
+                dist.broadcast(sent, src=0)
             tensor.copy_(sent)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """What a backend says when another process is gone names sockets; people need to know where to look."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLost("another process of this run has ended; what it said itself, or torchrun's report, tells why") from error
 
 
 @contextmanager
@@ -135,6 +153,8 @@ def joined(device: str) -> Iterator[tuple[Processes, torch.device]]:
 
     Args:
         device: auto | cpu | cuda | cuda:N; the last only for one process.
+
+    Every method of the processes may raise :class:`ProcessLost`.
 
     Raises:
         ValueError: a device that is not there, or one for several processes.
