@@ -121,8 +121,8 @@ def _backward(
     rgb_grad, sigma_grad = torch.empty_like(rgb), torch.empty_like(sigma)
     first, last = (parts[0].start, parts[-1].stop) if parts else (0, 0)
     for gradient in (rgb_grad, sigma_grad):
-        gradient[:, :first] = 0  # planes that no pixel meets
-        gradient[:, last:] = 0
+        gradient[:, :first].zero_()  # planes that no pixel meets
+        gradient[:, last:].zero_()
     behind = passing_up
     for part, start in zip(reversed(parts), reversed(starts)):
         with torch.enable_grad():

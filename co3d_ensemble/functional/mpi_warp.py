@@ -115,9 +115,9 @@ def plane_hits(
     with _full_precision(K_source):
         wide = torch.float32 if depth.device.type == "mps" else torch.float64
         K_source, K_target, R, t, depth = (value.to(wide) for value in (K_source, K_target, R, t, depth))
-        half = depth.new_tensor(source_size).flip(0) / 2  # (width, height) / 2
-        focal = K_source[:, :2, :2] / half[:, None]
-        principal = (K_source[:, :2, 2] / half - 1)[..., None]
+        half = (source_size[1] / 2, source_size[0] / 2)  # numbers: a tensor made of them would have to be waited for on a GPU
+        affine = torch.stack([K_source[:, axis] / half[axis] for axis in (0, 1)], dim=1)
+        focal, principal = affine[..., :2], affine[..., 2:] - 1
         center = -R.transpose(1, 2) @ t[:, :, None]
         turned = R.transpose(1, 2) @ inverse_intrinsics(K_target)  # pixels (x, y, 1) to u
         numerators = focal @ turned[:, :2] + principal * turned[:, 2:]

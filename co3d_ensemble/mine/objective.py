@@ -124,15 +124,17 @@ def reduced(pair: Pair, scale: int) -> Pair:
         return F.avg_pool2d(padded, factor)
 
     def moved(points: Tensor | None) -> Tensor | None:
-        return None if points is None else points / points.new_tensor([factor, factor, 1.0])
+        return None if points is None else torch.cat((points[..., :2] / factor, points[..., 2:]), dim=-1)
 
-    shrink = pair.K_source.new_tensor([factor, factor, 1.0])[:, None]
+    def shrunk(K: Tensor) -> Tensor:
+        return torch.cat((K[:, :2] / factor, K[:, 2:]), dim=1)
+
     return Pair(
         name=pair.name,
         source=averaged(pair.source),
         target=averaged(pair.target),
-        K_source=pair.K_source / shrink,
-        K_target=pair.K_target / shrink,
+        K_source=shrunk(pair.K_source),
+        K_target=shrunk(pair.K_target),
         R=pair.R,
         t=pair.t,
         source_points=moved(pair.source_points),

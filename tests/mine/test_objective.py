@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from co3d_ensemble.functional import mpi_target
 from co3d_ensemble.functional.mpi import render_source_view, render_target_view
 from co3d_ensemble.functional.mpi_losses import l1_loss, log_disparity_loss, ssim_loss
 from co3d_ensemble.mine.assembly import build_network
@@ -124,3 +126,30 @@ def test_a_reduced_picture_keeps_its_camera():
     expected = torch.linalg.inv(small.K_source[0]) @ torch.stack((x, y, torch.ones_like(x))).flatten(1)
     torch.testing.assert_close(small.source.flatten(2)[0], expected)
     assert small.source_points.tolist() == [[[3.0, 5.0, 5.0]]] and small.target_points is None
+
+
+class _HostTraffic(TorchDispatchMode):
+    """Collects the operations that read a tensor's values on the host or make a tensor of the host's values: on a GPU both wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        if any(part in name for part in ("lift_fresh", "_local_scalar_dense", "nonzero", "masked_select")):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_losses_and_their_gradients_never_make_a_gpu_wait(monkeypatch):
+    monkeypatch.setattr(mpi_target, "_one_by_one", lambda planes: False)  # the way that a GPU goes
+    monkeypatch.setattr(mpi_target, "_chunks", lambda hits, chunk: [slice(0, 2), slice(2, 3)])
+    pair = plane_pair()
+    planes = []
+    for scale in range(2):
+        rgb, sigma = opaque_planes(reduced(pair, scale).source[0])
+        planes.append((rgb.clone().requires_grad_(), sigma.clamp_max(1.0).requires_grad_()))
+    with _HostTraffic() as traffic:
+        torch.stack(list(Objective(ALL).losses(planes, DISPARITY, pair).values())).sum().backward()
+    assert traffic.found == [] and all(part.grad is not None for part in planes[1])
