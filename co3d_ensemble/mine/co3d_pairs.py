@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
 import zlib
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from co3d_ensemble.functional.cameras import opencv_from_pinhole, pixel_centers
 from co3d_ensemble.mine.pictures import check_settings, fit_size, picture_size, read_picture
 from co3d_ensemble.mine.point_cloud import read_ply_points, seen_points
 from co3d_ensemble.mine.views import View, ViewPairs
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 POINTS = ("auto", "depth", "cloud")
@@ -42,7 +45,7 @@ class CO3DPairs(ViewPairs):
         split: ``train`` | ``val``.
         height, width: picture size in pixels; ``fit``: ``crop`` to its shape or ``stretch``.
         points: where sparse points come from: ``depth`` maps, the sequence's point ``cloud`` (points behind others are left
-            out), or ``auto``: depth, else cloud, else none.
+            out), or ``auto``: depth, else cloud; where some frames have either, those that have none are left out with a warning.
         check: ``headers`` | ``decode``: how far the audit of the files goes.
 
     Raises:
@@ -86,6 +89,8 @@ class CO3DPairs(ViewPairs):
             raise ValueError(f"{self.root}: no two {split} frames within max_frame_distance={max_frame_distance} of each other")
         if n_points and points != "auto":
             self._require_points()
+        elif n_points:
+            self._leave_out_what_has_no_points()
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -99,7 +104,7 @@ class CO3DPairs(ViewPairs):
         K, R, t = opencv_from_pinhole(key.camera())
         K = fit.intrinsics(K.double())
         mask = fit.picture(read_picture(key.mask_path, "L")) if key.mask_path else None
-        depth = fit.nearest(read_depth(key)) if key.depth_path and key.depth_path.is_file() else None
+        depth = fit.nearest(read_depth(key)) if _has_depth(key) else None
         points = self._points(key, K, R.double(), t.double(), depth)
         name = f"{key.category}/{key.sequence_name}"
         return View(name, str(key.frame_number), fit.picture(image), K, R.double(), t.double(), points=points, depth=depth, mask=mask)
@@ -112,11 +117,27 @@ class CO3DPairs(ViewPairs):
         return [tuple(entry.split("/")) for entry in subsets]  # type: ignore[misc]
 
     def _require_points(self) -> None:
-        for record in {record for source, targets in self._pairs for record in (source, *targets)}:
-            if self.points == "depth" and not (record.depth_path and record.depth_path.is_file()):
+        for record in self._records():
+            if self.points == "depth" and not _has_depth(record):
                 raise ValueError(f"points='depth': frame {record.name} has no depth map; picture {record.image_path}")
             if self.points == "cloud" and self._cloud_path(record) is None:
                 raise ValueError(f"points='cloud': sequence {record.sequence_name} of {record.category} has no point cloud")
+
+    def _leave_out_what_has_no_points(self) -> None:
+        """A batch has points for all of its pictures or for none, and a pair without them has no unit of length."""
+        records = self._records()
+        lacking = {record for record in records if not _has_depth(record) and self._cloud_path(record) is None}
+        if not lacking or len(lacking) == len(records):
+            return
+        there = [(source, tuple(target for target in targets if target not in lacking)) for source, targets in self._pairs]
+        self._pairs = [(source, targets) for source, targets in there if source not in lacking and targets]
+        example = min(record.name for record in lacking)
+        if not self._pairs:
+            raise ValueError(f"{self.root}: no two neighbouring frames have sparse points; {example}, for one, has none")
+        logger.warning("%d of %d frames have neither depth nor point cloud, such as %s: left out", len(lacking), len(records), example)
+
+    def _records(self) -> set[FrameRecord]:
+        return {record for source, targets in self._pairs for record in (source, *targets)}
 
     def _points(self, record: FrameRecord, K: Tensor, R: Tensor, t: Tensor, depth: Tensor | None) -> Tensor | None:
         if self.n_points == 0:
@@ -135,7 +156,12 @@ class CO3DPairs(ViewPairs):
         if record.category not in self._clouds:
             self._clouds[record.category] = _point_clouds(self.root / record.category / SEQUENCE_ANNOTATIONS_FILE)
         path = self._clouds[record.category].get(record.sequence_name)
-        return self.root / path if path else None
+        asked_for = self.points == "cloud"  # then a file that is missing is an error, where it is read
+        return self.root / path if path and (asked_for or (self.root / path).is_file()) else None
+
+
+def _has_depth(record: FrameRecord) -> bool:
+    return record.depth_path is not None and record.depth_path.is_file()
 
 
 def read_depth(record: FrameRecord) -> Tensor:

@@ -117,6 +117,24 @@ def test_points_come_from_the_sequences_cloud_where_asked_or_where_there_is_no_d
         CO3DPairs(root, [SUBSET], points="cloud", max_frame_distance=12, **SIZE)[0]
 
 
+def test_frames_without_points_are_left_out_where_others_have_them(root, tmp_path, caplog):
+    root = copied(root, tmp_path)
+    records = CO3DIndex(root).subset("mug", "manyview_dev_0").known
+    whole = CO3DPairs(root, [SUBSET], max_frame_distance=12, **SIZE)
+    path = root / "mug" / "frame_annotations.jgz"
+    entries = json.loads(gzip.decompress(path.read_bytes()))
+    for entry in entries:
+        if entry["frame_number"] == records[1].frame_number:
+            entry["depth"] = None
+    path.write_bytes(gzip.compress(json.dumps(entries).encode()))
+    pairs = CO3DPairs(root, [SUBSET], max_frame_distance=12, **SIZE)
+    shown = {record.frame_number for source, targets in pairs._pairs for record in (source, *targets)}
+    assert len(pairs) == len(whole) - 1 and records[1].frame_number not in shown
+    assert "1 of 8 frames have neither depth nor point cloud" in caplog.text
+    assert all(pair.source_points is not None and pair.target_points is not None for pair in pairs)
+    assert len(CO3DPairs(root, [SUBSET], n_points=0, max_frame_distance=12, **SIZE)) == len(whole)
+
+
 def test_asking_for_points_that_are_not_there_is_an_error_at_once(root):
     with pytest.raises(ValueError, match="points='cloud': sequence .* has no point cloud"):
         CO3DPairs(root, [SUBSET], points="cloud", max_frame_distance=12, **SIZE)
