@@ -7,7 +7,7 @@ count neither in L1 nor in SSIM (the reference masks L1 only), and pictures are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ class Objective:
         names: losses of ``mine.config.LOSSES``.
         mode: of the planes, ``sigma`` or ``alpha``.
         blend: visible source pixels keep the photograph's colours.
-        calibrate: fit the planes' unit to the source's sparse points; False: the data's unit is the planes'.
+        calibrate: fit the planes' unit to the source's sparse points (of a pair whose source has none, the target does not count);
+            False: the data's unit is the planes'.
         smoothness_gmin, smoothness_ratio: see :func:`edge_threshold_smoothness`.
     """
 
@@ -54,6 +55,8 @@ class Objective:
             disparity: of the planes, descending, shape (B, N).
             pair: a batch.
         """
+        if self.calibrate:
+            pair = without_points_of_no_unit(pair)
         total: dict[str, Tensor] = {}
         unit: Tensor | None = None
         for scale, (rgb, sigma) in enumerate(planes):
@@ -87,6 +90,8 @@ class Objective:
             width=width,
             mode=self.mode,
         )
+        if self.calibrate:  # where the unit is not known, nobody knows what the target shows either
+            target = replace(target, valid=target.valid & _has_points(pair).view(-1, 1, 1, 1))
         return source, target, unit
 
     def _at_one_scale(self, source: MPIView, target: MPIView, pair: Pair, unit: Tensor, *, full: bool) -> dict[str, Tensor]:
@@ -107,6 +112,18 @@ class Objective:
             if f"loss_disparity_{side}" in self.names:
                 found[f"loss_disparity_{side}"] = log_disparity_loss(view.disparity, points, unit)
         return found
+
+
+def without_points_of_no_unit(pair: Pair) -> Pair:
+    """A batch whose pictures without source points, and so without a unit of length, have no target points either."""
+    if pair.target_points is None:
+        return pair
+    return replace(pair, target_points=torch.where(_has_points(pair)[:, None, None], pair.target_points, 0.0))
+
+
+def _has_points(pair: Pair) -> Tensor:
+    """(B,), bool."""
+    return (pair.source_points[..., 2] > 0).any(dim=1)
 
 
 def reduced(pair: Pair, scale: int) -> Pair:

@@ -14,7 +14,7 @@ from co3d_ensemble.functional.mpi_losses import l1_loss, log_disparity_loss, ssi
 from co3d_ensemble.mine.assembly import build_network
 from co3d_ensemble.mine.config import LOSSES
 from co3d_ensemble.mine.objective import Objective, reduced
-from co3d_ensemble.mine.pairs import Pair
+from co3d_ensemble.mine.pairs import Pair, collate
 from tests.mine.stacks import camera, mine_config, smooth_picture
 
 HEIGHT, WIDTH, DEPTH = 32, 48, 2.0
@@ -70,6 +70,21 @@ def random_batch(height: int = 36, width: int = 44) -> Pair:
     K = camera(height, width).expand(2, 3, 3)
     t = torch.tensor([[0.1, 0.0, 0.0], [0.0, 0.1, 0.1]])
     return Pair(["a", "b"], pictures[:2], pictures[2:], K, K, torch.eye(3).expand(2, 3, 3), t, source_points=points, target_points=points)
+
+
+def test_a_pair_whose_source_has_no_points_does_not_say_what_its_target_shows():
+    """Its unit is not known: with a guess for it, the network would be taught a wrong picture."""
+    pair = plane_pair(unit=7.0)
+    lost = replace(pair, source_points=torch.zeros_like(pair.source_points))
+    both = collate([Pair(**{**vars(p), "name": "p"} | {k: v[0] for k, v in vars(p).items() if torch.is_tensor(v)}) for p in (pair, lost)])
+    names = frozenset({"loss_rgb_target", "loss_ssim_target", "loss_disparity_target"})
+    rgb, sigma = (part.repeat(2, 1, 1, 1, 1) for part in opaque_planes(pair.source[0]))
+    right = Objective(names).losses([(rgb, sigma)], DISPARITY.expand(2, -1), both)
+    assert right["loss_rgb_target"] < 1e-3 and right["loss_disparity_target"] < 1e-3 and right["loss_ssim_target"] < 1e-2
+    dark = (0.9 * rgb).requires_grad_()
+    wrong = Objective(names, blend=False).losses([(dark, sigma)], DISPARITY.expand(2, -1), both)
+    torch.stack(list(wrong.values())).sum().backward()
+    assert dark.grad[0].any() and not dark.grad[1].any()
 
 
 def test_losses_are_sums_over_the_networks_scales_of_its_sizes():
