@@ -45,6 +45,7 @@ class PlaneSampling:
         kind: ``fixed`` (centres of the intervals) or ``stratified`` (drawn, as the reference does, from ``seed`` and the picture).
         chunk: planes decoded and warped at once; None: all, and the renderer's own choice.
         blend: visible source pixels keep the photograph's colours.
+        fine: planes added to each of ``counts`` where a first pass finds surfaces (coarse to fine).
     """
 
     counts: tuple[int, ...]
@@ -54,9 +55,10 @@ class PlaneSampling:
     seed: int = 0
     chunk: int | None = None
     blend: bool = True
+    fine: int = 0
 
     def disparities(self, count: int, index: int, device: torch.device | str) -> Tensor:
-        """1 / z of the planes of picture ``index``, descending, shape (count,)."""
+        """1 / z of the planes of picture ``index``, without fine ones, descending, shape (count,)."""
         if self.kind == "fixed":
             return fixed_disparities(count, self.near, self.far, batch=1, device=device)[0]
         with seeded(self.seed, index):
@@ -95,7 +97,8 @@ def score_source(network: MPINetwork, task: SourceTask, index: int, *, planes: P
     features = network.encode(image[None])
     for count in planes.counts:
         disparity = planes.disparities(count, index, device)
-        stack = predict_stack(network, image, K, disparity, features=features, plane_chunk=planes.chunk, blend=planes.blend)
+        how = {"plane_chunk": planes.chunk, "blend": planes.blend, "n_fine": planes.fine}
+        stack = predict_stack(network, image, K, disparity, features=features, **how)
         scale, why_none = _scale(stack, task, scoring.scale) if task.pairs else (1.0, None)
         for row, pair in task.pairs:
             record = score_view(stack, pair, scoring=scoring, scale=scale, plane_chunk=planes.chunk)

@@ -46,6 +46,7 @@ class EvaluateConfig:
     root: str | None = setting(None, "folder of the data set; null: the training's, where that is the data set")
     options: dict[str, Any] = setting({}, "arguments of the data set, over the training's")
     planes: list[int] | None = setting(None, "numbers of planes, a row of the table each; null: as in training")
+    fine_planes: int | None = setting(None, "planes added to them where a first pass finds surfaces (coarse to fine); null: as in training")
     sampling: str = setting("fixed", "fixed: centres of the intervals | stratified: drawn, as the reference does")
     seed: int = setting(0, "of everything drawn: pairs, points, stratified planes")
     pair_list: str | None = setting(None, "RealEstate10K: file with the published test pairs; null: drawn from the clips")
@@ -78,6 +79,8 @@ class EvaluateConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {told}")
         if self.planes is not None and (not self.planes or min(self.planes) < 2 or len(set(self.planes)) < len(self.planes)):
             raise ValueError(f"planes={list(self.planes)}: expected different numbers of at least 2")
+        if self.fine_planes is not None and self.fine_planes < 0:
+            raise ValueError(f"fine_planes={self.fine_planes}: must not be negative")
         if self.border is not None and not 0 <= self.border < 0.5:
             raise ValueError(f"border={self.border}: must lie in [0, 0.5)")
         for name in ("pairs_per_clip", "max_pictures", "max_depth", "plane_chunk"):
@@ -112,9 +115,11 @@ def run_evaluation(settings: EvaluateConfig) -> dict[str, Any]:
         seed=settings.seed,
         chunk=settings.plane_chunk,
         blend=run.model.blend_source,
+        fine=run.model.n_fine_planes if settings.fine_planes is None else settings.fine_planes,
     )
     asked = {name: value for name, value in asdict(settings).items() if name not in _FREE}
     decisive = {**asked, "dataset": dataset, "planes": list(planes.counts), "lpips": settings.lpips if lpips else None}
+    decisive["fine_planes"] = planes.fine or None
     decisive["weights_sha256"] = _weights_digest(Path(settings.checkpoint))
     path = _output_folder(settings, dataset) / RESULTS
     known = {} if settings.restart else _known(path, decisive)
@@ -157,6 +162,7 @@ def _protocol(rules: ScoreRules, planes: PlaneSampling, settings: EvaluateConfig
         "depth_alignment": rules.depth_alignment,
         "depth_range": [rules.min_depth, rules.max_depth],
         "disparities": [planes.near, planes.far, planes.kind],
+        "fine_planes": planes.fine,
     }
 
 

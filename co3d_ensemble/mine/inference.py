@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from co3d_ensemble.fields.mpi_network import ImageFeatures, MPINetwork
-from co3d_ensemble.functional.mpi import MPIView, blend_source, render_source_view, render_target_view
+from co3d_ensemble.functional.mpi import MPIView, blend_source, mean_plane_weights, render_source_view, render_target_view
+from co3d_ensemble.functional.mpi_sampling import fine_disparities
 from co3d_ensemble.functional.mpi_warp import inverse_plane_homographies
 from co3d_ensemble.mine.trajectories import Pose
 
@@ -55,6 +56,7 @@ def predict_stack(
     features: ImageFeatures | None = None,
     plane_chunk: int | None = None,
     blend: bool = True,
+    n_fine: int = 0,
 ) -> PlaneStack:
     """The multiplane image of a picture.
 
@@ -66,9 +68,14 @@ def predict_stack(
         features: of ``network.encode(image[None])``, where it has been called before (other N of the same picture).
         plane_chunk: planes decoded at once; None: all.
         blend: visible source pixels keep the picture's colours, c_i <- T_i I + (1 - T_i) c_i.
+        n_fine: coarse to fine: so many more planes, where a first pass over ``disparity`` finds surfaces, at equally spaced quantiles.
     """
     if features is None:
         features = network.encode(image[None])
+    if n_fine:
+        coarse = (part.float() for part in network.decode(features, disparity[None], plane_chunk=plane_chunk, n_scales=1)[0])
+        seen = render_source_view(*coarse, disparity.reciprocal()[None], K[None], mode=network.mode)
+        disparity = fine_disparities(disparity[None], mean_plane_weights(seen), n_fine, perturb=False)[0]
     rgb, sigma = (part.float() for part in network.decode(features, disparity[None], plane_chunk=plane_chunk, n_scales=1)[0])
     return blended(rgb[0], sigma[0], disparity, K, mode=network.mode, image=image if blend else None)
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from co3d_ensemble.config import setting
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.mpi import MPIView
-from co3d_ensemble.functional.mpi_sampling import fixed_disparities
+from co3d_ensemble.functional.mpi_sampling import explicit_disparities, fixed_disparities
 from co3d_ensemble.mine.assembly import load_trained_mine
 from co3d_ensemble.mine.inference import (
     PlaneStack,
@@ -49,6 +49,8 @@ class RenderConfig:
     fit: str = setting("whole", "whole: all of the photograph, its aspect kept | crop: its centre | stretch: as the reference does")
     background: float = setting(1.0, "grey value, 0 to 1, behind transparent pixels")
     planes: int | None = setting(None, "number of planes; null: as in training; the same weights serve any number")
+    fine_planes: int | None = setting(None, "planes added where a first pass finds surfaces (coarse to fine); null: as in training")
+    disparities: list[float] | None = setting(None, "1 / z of the planes themselves, descending, in the network's unit, in place of planes")
     plane_chunk: int | None = setting(None, "planes decoded and warped at once, to fit a small card; null: all")
     output_scale: float = setting(1.0, "size of the outputs in the network's; above 1 they take their detail from the photograph")
     trajectory: str = setting("circle", "circle | line | spiral")
@@ -72,6 +74,7 @@ class RenderConfig:
             "fov": (1, 175),
             "background": (0, 1),
             "planes": (2, 1024),
+            "fine_planes": (0, 1024),
             "plane_chunk": (1, 1024),
             "output_scale": (0.1, 8),
             "amplitude": (0, LARGEST_AMPLITUDE),
@@ -84,6 +87,10 @@ class RenderConfig:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"{name}={value}: must lie in [{low:g}, {high:g}]")
+        if self.disparities is not None:
+            if self.planes is not None:
+                raise ValueError(f"planes={self.planes}: disparities says how many there are")
+            explicit_disparities(self.disparities, batch=1)  # checks them
 
 
 def render_photo(settings: RenderConfig) -> dict[str, Any]:
@@ -103,9 +110,8 @@ def render_photo(settings: RenderConfig) -> dict[str, Any]:
     photo = load_photo(
         image_path, height=run.data.height, width=run.data.width, fov=settings.fov, fit=settings.fit, background=settings.background
     )
-    count = settings.planes or run.model.n_planes
     started = time.perf_counter()
-    disparity = fixed_disparities(count, run.model.near_disparity, run.model.far_disparity, batch=1, device=device)[0]
+    disparity = _disparities(settings, run.model).to(device)
     stack = predict_stack(
         network,
         photo.image.to(device),
@@ -113,6 +119,7 @@ def render_photo(settings: RenderConfig) -> dict[str, Any]:
         disparity,
         plane_chunk=settings.plane_chunk,
         blend=run.model.blend_source,
+        n_fine=run.model.n_fine_planes if settings.fine_planes is None else settings.fine_planes,
     )
     stack = _at_output_size(stack, photo, image_path, settings)
     seconds = {"planes": time.perf_counter() - started}
@@ -142,7 +149,7 @@ def render_photo(settings: RenderConfig) -> dict[str, Any]:
         "photograph": {"width": photo.original_size[1], "height": photo.original_size[0]},
         "width": width,
         "height": height,
-        "planes": count,
+        "planes": len(stack.disparity),
         "zoom": zoom,
         "disparity_seen": {"near": near, "middle": middle, "far": far},
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
@@ -159,6 +166,13 @@ def disparity_picture(view: MPIView, near: float, far: float) -> Tensor:
     nearness = (disparity - far) / span if span > 0 else torch.full_like(disparity, 0.5)
     colors = false_color(nearness.cpu(), "turbo").float()
     return (colors * (alpha * (disparity > 0)).clamp(0, 1).cpu()).round().to(torch.uint8)
+
+
+def _disparities(settings: RenderConfig, model: Any) -> Tensor:
+    """1 / z of the planes, without fine ones, descending, shape (N,)."""
+    if settings.disparities is not None:
+        return explicit_disparities(settings.disparities, batch=1)[0]
+    return fixed_disparities(settings.planes or model.n_planes, model.near_disparity, model.far_disparity, batch=1)[0]
 
 
 def _at_output_size(stack: PlaneStack, photo: Photo, path: Path, settings: RenderConfig) -> PlaneStack:

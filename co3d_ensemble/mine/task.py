@@ -94,6 +94,7 @@ class MINETask:
             seed=training.seed,
             chunk=config.model.plane_chunk,
             blend=config.model.blend_source,
+            fine=config.model.n_fine_planes,
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -147,7 +148,8 @@ class MINETask:
     def _strip(self, pair: Pair, index: int, scale: float) -> Tensor:
         pair = pair.to(self._device)
         disparity = self._planes.disparities(self._planes.counts[0], index, self._device)
-        stack = predict_stack(self.model, pair.source, pair.K_source, disparity, plane_chunk=self._planes.chunk, blend=self._planes.blend)
+        how = {"plane_chunk": self._planes.chunk, "blend": self._planes.blend, "n_fine": self._planes.fine}
+        stack = predict_stack(self.model, pair.source, pair.K_source, disparity, **how)
         size = (pair.target.shape[-2], pair.target.shape[-1])
         view = render_pose(stack, Pose(pair.R, pair.t / scale), K=pair.K_target, size=size)
         panels = [to_uint8(picture) for picture in (pair.source, pair.target, view.rgb[0])]

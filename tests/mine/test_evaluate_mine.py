@@ -140,6 +140,18 @@ def test_more_pictures_later_score_only_the_new_ones(run, tmp_path):
     assert sorted(stored(tmp_path)["pictures"]) == ["0", "1", "2", "3"] and stored(tmp_path)["complete"]
 
 
+def test_a_run_that_learned_with_fine_planes_is_scored_with_them_unless_told_otherwise(tmp_path, capsys):
+    finer = write_run(tmp_path / "finer", model__n_fine_planes=3, **SCENES)
+    assert evaluate(finer, tmp_path, "max_pictures=1") == 0
+    results = stored(tmp_path)
+    assert results["protocol"]["fine_planes"] == results["settings"]["fine_planes"] == 3
+    assert evaluate(finer, tmp_path, "max_pictures=1", "fine_planes=0") == 1
+    assert "fine_planes=3 there, None now" in capsys.readouterr().err
+    assert evaluate(finer, tmp_path, "max_pictures=1", "fine_planes=0", "restart=true") == 0
+    without = stored(tmp_path)["results"]["pairs"]["4"]["psnr"]
+    assert without != results["results"]["pairs"]["4"]["psnr"]
+
+
 def test_drawn_planes_are_drawn_from_the_seed(run, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert evaluate(run, tmp_path / name, "max_pictures=1", "sampling=stratified", f"seed={seed}") == 0
@@ -155,6 +167,7 @@ def test_drawn_planes_are_drawn_from_the_seed(run, tmp_path):
         ("planes=[8,8]", "planes=[8, 8]"),
         ("planes=[]", "planes=[]"),
         ("planes=many", "planes"),
+        ("fine_planes=-1", "fine_planes=-1: must not be negative"),
         ("colour=red", "colour"),
         ("border=0.5", "border=0.5: must lie in [0, 0.5)"),
         ("scale=maybe", "scale='maybe'"),

@@ -198,6 +198,8 @@ def test_a_picture_is_encoded_once_for_all_planes_and_views():
     closest = {
         count: min(PlaneSampling((count,), 1.0, 0.1).disparities(count, 0, "cpu").tolist(), key=lambda d: abs(d - 0.5)) for count in (4, 8)
     }
+    finer = list(score_source(network, task, 0, planes=PlaneSampling((4,), 1.0, 0.1, fine=9), scoring=PLAIN))
+    assert finer[-1]["planes"] == 4 and finer[-1]["abs_rel"] < 0.3 * records[3]["abs_rel"]
     for record in records:
         if record["row"] == "depth":
             assert record["abs_rel"] == pytest.approx(abs(1 / closest[record["planes"]] - 2) / 2, rel=1e-3)

@@ -55,6 +55,14 @@ def test_a_picture_is_encoded_once_for_any_number_of_planes_and_views():
     assert network.encoded == 1
 
 
+def test_fine_planes_stand_where_the_coarse_ones_found_the_surface():
+    """All weight is on the second plane, whose share of the range ends halfway to its neighbours."""
+    image, coarse = smooth_picture(24, 32), torch.tensor([0.9, 0.5, 0.1])
+    stack = predict_stack(CountingNetwork(), image, camera(24, 32), coarse, n_fine=2)
+    torch.testing.assert_close(stack.disparity, torch.tensor([0.9, 0.6, 0.5, 0.4, 0.1]))
+    assert stack.rgb.shape == (5, 3, 24, 32)
+
+
 def test_visible_source_pixels_keep_the_photographs_colours_and_hidden_ones_the_networks():
     image, disparity = smooth_picture(24, 32), torch.tensor([0.9, 0.5, 0.1])
     stack = predict_stack(CountingNetwork(), image, camera(24, 32), disparity)

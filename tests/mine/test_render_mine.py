@@ -100,6 +100,15 @@ def test_chunks_of_planes_change_nothing(photo, run):
     assert np.abs(whole.astype(int) - picture(folder / "rgb.png")).max() <= 1
 
 
+def test_planes_stand_where_the_list_says_and_where_surfaces_were_found(photo, run):
+    status, folder = render(photo, run, "disparities=[0.9,0.4,0.1]", "video=false")
+    listed = read_mpi(folder / "mpi").disparity
+    assert status == 0 and torch.equal(listed, torch.tensor([0.9, 0.4, 0.1]))
+    assert render(photo, run, "disparities=[0.9,0.4,0.1]", "fine_planes=2", "video=false")[0] == 0
+    finer = read_mpi(folder / "mpi").disparity
+    assert len(finer) == json.loads((folder / "render.json").read_text())["planes"] == 5 and set(listed.tolist()) < set(finer.tolist())
+
+
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
@@ -108,6 +117,8 @@ def test_chunks_of_planes_change_nothing(photo, run):
         ("colour=red", "colour"),
         ("planes=many", "planes"),
         ("planes=1", "planes=1: must lie in [2, 1024]"),
+        ("disparities=[0.2,0.5]", "disparities must descend (nearest plane first), got 0.2 before 0.5"),
+        ("fine_planes=-1", "fine_planes=-1: must lie in [0, 1024]"),
         ("amplitude=0.5", "amplitude=0.5"),
         ("look_at=me", "look_at='me'"),
         ("fps=nan", "fps=nan"),
