@@ -55,11 +55,11 @@ def make_points(config: PointsConfig) -> int:
     made = failed = absent = 0
     for path in chosen[config.part :: config.parts]:
         clip = read_clip(root, config.split, path)
-        if len(clip.frames) < 2:
+        if len(clip) < 2:
             absent += 1
             continue
         try:
-            model = triangulate_clip(clip, clip.frames[0].parent / "sparse", overwrite=config.overwrite)
+            model = triangulate_clip(clip, clip.folder / "sparse", overwrite=config.overwrite)
         except ValueError as error:  # one clip's frames or cameras; the others go on
             logger.error("%s", error)
             failed += 1

@@ -12,6 +12,7 @@ of the picture's width and height, two zeros, and the 3x4 matrix world to camera
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,13 @@ from torch import Tensor
 
 from co3d_ensemble.mine.colmap import is_colmap_model, read_colmap_model
 from co3d_ensemble.mine.pictures import (
-    PICTURE_SUFFIXES,
     check_rotation,
     check_settings,
     existing_folder,
     fit_size,
     numbers,
     picture_size,
+    pictures_in,
     read_picture,
 )
 from co3d_ensemble.mine.views import View, ViewPairs, visible_points
@@ -44,18 +45,32 @@ POINTS_SCRIPT = "launch/make_realestate10k_points.py"
 class Clip:
     """Cameras of a clip's frames that are on disk, in the file's order.
 
+    The data set has millions of frames, and every reading process all of its clips: a frame has no Python object of its own.
+
     Attributes:
-        frames: picture files.
+        folder: of the frames.
+        files: names of the picture files in it, bytes, shape (n,).
         numbers: position of each frame in the camera file, from 0: what frame distances count.
         intrinsics: fx, fy, cx, cy in shares of the picture's sides, shape (n, 4).
         poses: (R | t) world to camera, shape (n, 3, 4).
     """
 
     name: str
-    frames: tuple[Path, ...]
+    folder: Path
+    files: np.ndarray
     numbers: np.ndarray
     intrinsics: np.ndarray
     poses: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def frame(self, index: int) -> Path:
+        return self.folder / os.fsdecode(self.files[index])
+
+    @property
+    def frames(self) -> tuple[Path, ...]:
+        return tuple(self.frame(index) for index in range(len(self)))
 
     @property
     def timestamps(self) -> list[int]:
@@ -103,13 +118,13 @@ def camera_files(root: Path, split: str) -> list[Path]:
 
 
 def read_clip(root: Path, split: str, path: Path) -> Clip:
-    """A clip with those of its frames that are on disk; ``frames`` may be empty."""
+    """A clip with those of its frames that are on disk, perhaps none."""
     timestamps, intrinsics, poses = read_cameras(path)
     folder = root / "frames" / split / path.stem
-    on_disk = {file.stem: file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES} if folder.is_dir() else {}
+    on_disk = {picture.stem: picture.name for picture in pictures_in(folder)} if folder.is_dir() else {}
     there = [i for i, timestamp in enumerate(timestamps) if str(timestamp) in on_disk]
-    frames = tuple(on_disk[str(timestamps[i])] for i in there)
-    return Clip(path.stem, frames, np.array(there, dtype=np.int64), intrinsics[there], poses[there])
+    files = np.array([os.fsencode(on_disk[str(timestamps[i])]) for i in there], dtype=bytes)
+    return Clip(path.stem, folder, files, np.array(there, dtype=np.int64), intrinsics[there], poses[there])
 
 
 class RealEstate10K(ViewPairs):
@@ -174,7 +189,7 @@ class RealEstate10K(ViewPairs):
         return {clip.name: clip for clip in self._clips}
 
     def clip_view(self, name: str, frame: int) -> View:
-        """The view of a clip's frame, which counts in :attr:`Clip.frames`."""
+        """The view of a clip's frame, which counts as in :meth:`Clip.frame`."""
         return self.view((self._positions[name], frame))
 
     def choices(self, index: int) -> tuple[Hashable, Sequence[Hashable]]:
@@ -183,7 +198,7 @@ class RealEstate10K(ViewPairs):
 
     def load(self, key: tuple[int, int]) -> View:  # type: ignore[override]
         clip, frame = self._clips[key[0]], key[1]
-        path = clip.frames[frame]
+        path = clip.frame(frame)
         image = read_picture(path)
         fit = fit_size((image.height, image.width), height=self.height, width=self.width, mode=self.fit)
         fx, fy, cx, cy = clip.intrinsics[frame] * (image.width, image.height, image.width, image.height)
@@ -206,7 +221,7 @@ class RealEstate10K(ViewPairs):
         clips, dropped = [], []
         for path in files:
             clip = read_clip(self.root, self.split, path)
-            (clips if len(clip.frames) > 1 else dropped).append(clip)
+            (clips if len(clip) > 1 else dropped).append(clip)
         frames = self.root / "frames" / self.split
         if not clips:
             raise FileNotFoundError(f"{frames}: no clip has two frames named <clip>/<timestamp>.jpg or .png")
@@ -216,7 +231,7 @@ class RealEstate10K(ViewPairs):
             if check != "none":
                 for path in clip.frames:
                     picture_size(path, check)
-            folder = clip.frames[0].parent / "sparse"
+            folder = clip.folder / "sparse"
             if self.n_points and not is_colmap_model(folder):
                 raise FileNotFoundError(
                     f"{folder} has no COLMAP model, and the camera files carry no points: {POINTS_SCRIPT} makes it, or n_points=0"
@@ -248,7 +263,7 @@ class RealEstate10K(ViewPairs):
             if len(self._models) == MODELS_KEPT:
                 self._models.pop(next(iter(self._models)))
             clip = self._clips[clip_index]
-            model = read_colmap_model(clip.frames[0].parent / "sparse")
+            model = read_colmap_model(clip.folder / "sparse")
             seen = {image.name: model.xyz[[model.rows[i] for i in image.point_ids]].reshape(-1, 3) for image in model.images}
             self._models[clip_index] = {path.name: seen.get(path.name, model.xyz[:0]) for path in clip.frames}
         return self._models[clip_index]

@@ -76,7 +76,7 @@ def _triangulate(pycolmap: Any, clip: Clip, scratch: Path) -> ColmapModel:
 
 def pinhole_parameters(clip: Clip, frame: int) -> tuple[int, int, list[float]]:
     """Width, height and (fx, fy, cx, cy) in pixels of a frame's picture."""
-    height, width = picture_size(clip.frames[frame])
+    height, width = picture_size(clip.frame(frame))
     return width, height, (clip.intrinsics[frame] * (width, height, width, height)).tolist()
 
 
@@ -105,7 +105,7 @@ def write_known_model(folder: Path, clip: Clip, ids: dict[int, tuple[int, int]])
         cameras.append(f"{camera} PINHOLE {width} {height} {' '.join(map(repr, parameters))}")
         R, t = clip.poses[frame][:, :3], clip.poses[frame][:, 3]
         pose = " ".join(repr(float(value)) for value in (*quaternion(R), *t))
-        images += [f"{image} {pose} {camera} {frame:06d}{clip.frames[frame].suffix.lower()}", ""]
+        images += [f"{image} {pose} {camera} {frame:06d}{clip.frame(frame).suffix.lower()}", ""]
     (folder / "cameras.txt").write_text("\n".join(cameras) + "\n", encoding="utf-8")
     (folder / "images.txt").write_text("\n".join(images) + "\n", encoding="utf-8")
     (folder / "points3D.txt").write_text("", encoding="utf-8")

@@ -1,4 +1,5 @@
 import logging
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,3 +177,10 @@ def test_bad_settings_are_named(tmp_path, settings):
     write_clip(tmp_path, n=4)
     with pytest.raises(ValueError, match="are 9 to 9 frames apart"):
         RealEstate10K(tmp_path, frame_distance=9, **SIZE)
+
+
+def test_frames_are_no_python_objects_of_which_a_data_set_would_have_millions(tmp_path):
+    write_clip(tmp_path)
+    clip = RealEstate10K(tmp_path, **SIZE).clips["0a1b"]
+    assert all(isinstance(value, (str, Path, np.ndarray)) for value in vars(clip).values())
+    assert [path.stem for path in clip.frames] == [str(time) for time in clip.timestamps] and all(path.is_file() for path in clip.frames)
