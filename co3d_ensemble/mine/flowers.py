@@ -1,12 +1,16 @@
-"""Flowers light fields (Srinivasan et al., 2017): Lytro Illum pictures of flowers, ``ROOT/**/*.png`` as ESLF files.
+"""Flowers light fields (Srinivasan et al., 2017): Lytro Illum pictures of flowers, as ESLF files.
+
+    ROOT/**/*.png                  the light fields
+    ROOT/train.list, test.list     optional: paths under ROOT, one per line, as MINE's authors publish their split
 
 An ESLF file has a little picture of 14 x 14 pixels behind each of 376 x 541 lenses: pixel (v, u) of all of them together is the
 view from one place on the main lens. The outermost views are dark; the 8 x 8 in the middle are used, brightened by a gamma
 of 0.4 as the data set's authors do.
 
-The files carry no calibration. As in the loader of Tulsiani et al. (ECCV 2018), whose unit of disparity MINE's range of
-3 to 0.03 is in, all views have a focal length of 400 pixels (of a picture 540 pixels wide) and stand 0.01 apart, parallel to each
-other. Views of a camera that was focused at a finite distance also slide against each other; ``focus_disparity`` undoes it.
+The files carry no calibration. The cameras are those that MINE's authors publish for all of them (their
+``input_pipelines/flowers/cam_params.txt``), in whose unit their disparities of 3 to 0.03 are: a focal length of 468.75 pixels (of a
+picture 540 pixels wide), views 0.00128 apart and parallel to each other, and each principal point one pixel beside its neighbour's:
+the camera was focused at a finite distance, 0.6, and what is there does not move between views. Farther things move the other way.
 """
 
 from __future__ import annotations
@@ -30,9 +34,12 @@ FIRST_VIEW = (LENSLET - N_VIEWS) // 2
 CENTRE = N_VIEWS // 2  # the view that Srinivasan et al. start from
 CORNERS = ((0, 0), (0, N_VIEWS - 1), (N_VIEWS - 1, 0), (N_VIEWS - 1, N_VIEWS - 1))
 GAMMA = 0.4
-FOCAL, FOCAL_WIDTH = 400.0, 540  # pixels
-BASELINE = 0.01  # between neighbouring views
-SPLIT_SEED, SPLIT_SHARES = 0, (0.7, 0.15)  # train, val; the rest is test, as Tulsiani et al. split the sorted files
+FOCAL, FOCAL_WIDTH = 468.75, 540  # pixels
+BASELINE = 0.00128  # between neighbouring views
+FOCUS_DISPARITY = 1 / 0.6
+SPLIT_SEED, SPLIT_SHARES = 0, (0.7, 0.15)  # train, val; the rest is test, as Tulsiani et al. (ECCV 2018) split the sorted files
+LISTS = ("train.list", "test.list")
+VAL_EVERY = 25  # where there are lists: of the training list, to validate on
 SPLITS = ("train", "val", "test")
 KEPT_LIGHT_FIELDS = 2  # decoded ones in memory, 40 MB each
 
@@ -48,6 +55,7 @@ class Flowers(Dataset[Pair]):
         files: paths under ``root`` in place of the split's.
         height, width: picture size in pixels; ``fit``: ``stretch`` or ``crop``.
         focus_disparity: 1 / z of the plane that the camera was focused on, which the files show without parallax; 0: infinity.
+            None: the published cameras'.
         n_points: taken for likeness with the other data sets; there are no sparse points.
         check: ``headers`` | ``decode`` | ``none``, how far files are checked at once (decoding one takes seconds).
 
@@ -64,7 +72,7 @@ class Flowers(Dataset[Pair]):
         height: int,
         width: int,
         fit: str = "stretch",
-        focus_disparity: float = 0.0,
+        focus_disparity: float | None = None,
         n_points: int = 0,
         random_target: bool = True,
         check: str = "headers",
@@ -78,7 +86,7 @@ class Flowers(Dataset[Pair]):
             if check != "none":
                 _lens_grid(path, picture_size(path, check))
         self.height, self.width, self.fit = height, width, fit
-        self.focus_disparity, self.random_target = focus_disparity, random_target
+        self.focus_disparity, self.random_target = FOCUS_DISPARITY if focus_disparity is None else focus_disparity, random_target
         self._decoded: OrderedDict[Path, np.ndarray] = OrderedDict()
 
     def __len__(self) -> int:
@@ -129,9 +137,14 @@ def _lens_grid(path: Path, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _split(root: Path, split: str) -> list[Path]:
-    """The split's files: the sorted list in the order that numpy's legacy generator shuffles it into, cut at 70 and 85 per cent."""
+    """The split's files: of the published lists, else the sorted files in the order that numpy's legacy generator shuffles them into,
+    cut at 70 and 85 per cent."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
+    if all((root / name).is_file() for name in LISTS):
+        train, test = ([root / line for line in (root / name).read_text(encoding="utf-8").splitlines() if line] for name in LISTS)
+        held_out = train[::VAL_EVERY]
+        return {"train": [path for i, path in enumerate(train) if i % VAL_EVERY], "val": held_out, "test": test}[split]
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() == ".png")
     np.random.RandomState(SPLIT_SEED).shuffle(paths)
     n_train, n_val = (round(share * len(paths)) for share in SPLIT_SHARES)

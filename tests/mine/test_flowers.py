@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from co3d_ensemble.mine.flowers import BASELINE, FOCAL, Flowers
+from co3d_ensemble.mine.flowers import BASELINE, FOCAL, SPLITS, Flowers
 
 ROWS, COLUMNS = 24, 54  # lenses
 SIZE = {"height": 24, "width": 54}
@@ -48,6 +48,37 @@ def test_the_cameras_predict_how_a_plane_moves_between_views(tmp_path, focus):
         assert abs(expected[0] - x) > 2 or u == 4
 
 
+def test_cameras_are_those_that_mines_authors_publish(tmp_path):
+    """Their file: per view (column_row) fx, fy, cx, cy in shares of the sides, and the pose. Only differences of cx, cy and t count."""
+    first = "0.868056 1.250000 0.500000 0.500000 0.0 0.0 1.0 0.0 0.0 0.500000  0.0 1.0 0.0 0.500000  0.0 0.0 1.0 0.0"  # 0_0
+    last = "0.868056 1.250000 0.512963 0.513333 0.0 0.0 1.0 0.0 0.0 0.491040  0.0 1.0 0.0 0.493600  0.0 0.0 1.0 0.0"  # 7_5
+    tables = [[float(word) for word in line.split()] for line in (first, last)]
+    write_eslf(tmp_path / "a.png", rows=75, columns=108)
+    lights = Flowers(tmp_path, files=["a.png"], height=75, width=108)
+    views = [lights._view(tmp_path / "a.png", row, column) for row, column in ((0, 0), (5, 7))]
+    sides = torch.tensor([108.0, 75.0], dtype=torch.float64)
+    for view, table in zip(views, tables):
+        assert (view.K[[0, 1], [0, 1]] / sides).tolist() == pytest.approx(table[:2], abs=1e-5)
+    slide = ((views[1].K - views[0].K)[:2, 2] / sides).tolist()
+    assert slide == pytest.approx([tables[1][i] - tables[0][i] for i in (2, 3)], abs=2e-6)
+    assert (views[1].t - views[0].t).tolist() == pytest.approx([tables[1][i] - tables[0][i] for i in (9, 13, 17)], abs=1e-6)
+
+
+def test_published_lists_are_the_split(tmp_path):
+    names = [f"imgs/{i:02d}_eslf.png" for i in range(30)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (COLUMNS * 14, ROWS * 14)).save(tmp_path / name)
+    (tmp_path / "train.list").write_text("\n".join(names[:27]) + "\n")
+    (tmp_path / "test.list").write_text("\n".join(names[27:]) + "\n")
+    splits = {split: [str(path.relative_to(tmp_path)) for path in Flowers(tmp_path, split=split, **SIZE)._paths] for split in SPLITS}
+    assert splits["test"] == names[27:] and splits["val"] == [names[0], names[25]]
+    assert splits["train"] == [name for name in names[:27] if name not in splits["val"]]
+    (tmp_path / "test.list").write_text("imgs/gone.png\n")
+    with pytest.raises(FileNotFoundError, match="gone.png is missing"):
+        Flowers(tmp_path, split="test", **SIZE)
+
+
 def test_views_are_the_middle_ones_brightened(tmp_path):
     path = tmp_path / "a.png"
     pixels = np.zeros((ROWS, 14, COLUMNS, 14, 3), np.uint8)
@@ -59,7 +90,7 @@ def test_views_are_the_middle_ones_brightened(tmp_path):
     for picture, place in ((pair.source, 4), (pair.target, 7)):
         expected = torch.tensor([10 * (place + 3), 10 * (place + 3), 100]) / 255
         torch.testing.assert_close(picture[:, 5, 5], expected**0.4)
-    assert torch.equal(pair.R, torch.eye(3)) and pair.t.tolist() == pytest.approx([-0.03, -0.03, 0])
+    assert torch.equal(pair.R, torch.eye(3)) and pair.t.tolist() == pytest.approx([-3 * BASELINE, -3 * BASELINE, 0])
 
 
 def test_training_pairs_are_drawn_among_all_views(tmp_path):
