@@ -91,6 +91,7 @@ class MINETrainingConfig(LoopConfig):
     smoothness_gmin: float = setting(2.0, "v1: normalised disparity gradient that costs nothing")
     smoothness_ratio: float = setting(0.1, "v1: share of the picture's largest gradient from which on a pixel is an edge")
     calibrate_scale: bool = setting(True, "the scene's unit is unknown: fit it to the sparse points in every step")
+    plane_chunk: int | None = setting(None, "planes decoded at once, the rest computed again: less memory, the same steps; null: all")
     sync_batchnorm: bool = setting(True, "batch-norm statistics over all processes (CUDA only; one process has nothing to synchronise)")
 
 
@@ -122,6 +123,7 @@ FREE_KEYS = (
     "data.workers",
     "evaluation",
     "model.plane_chunk",
+    "training.plane_chunk",
     "training.checkpoint_every_seconds",
     "training.log_every",
     "training.resume",
@@ -156,6 +158,7 @@ _RANGES = {
     "training.max_steps": "[1, inf)",
     "training.epochs": "(0, inf)",
     "training.weight_decay": "[0, inf)",
+    "training.plane_chunk": "[1, inf)",
     "training.smoothness_gmin": "[0, inf)",
     "training.smoothness_ratio": "[0, 1]",
     "evaluation.n_planes": "[2, inf)",

@@ -113,7 +113,8 @@ class MINETask:
         n_scales = ALL_SCALES if self._training.multi_scale else 1
         features = self.model.encode(batch.source)
         disparity = self._disparities(batch, features)
-        return self._objective.losses(self.model.decode(features, disparity, n_scales=n_scales), disparity, batch)
+        planes = self.model.decode(features, disparity, n_scales=n_scales, plane_chunk=self._training.plane_chunk)
+        return self._objective.losses(planes, disparity, batch)
 
     def _disparities(self, batch: Pair, features: Any) -> Tensor:
         """Stratified, and with ``n_fine_planes`` more where a first pass finds surfaces."""
@@ -123,7 +124,7 @@ class MINETask:
         if not model.n_fine_planes:
             return disparity
         with torch.no_grad():
-            rgb, sigma = self.model.decode(features, disparity, n_scales=1)[0]
+            rgb, sigma = self.model.decode(features, disparity, n_scales=1, plane_chunk=self._training.plane_chunk)[0]
             view = render_source_view(rgb, sigma, disparity.reciprocal(), batch.K_source, mode=model.mode)
             return fine_disparities(disparity, mean_plane_weights(view), model.n_fine_planes)
 

@@ -9,6 +9,7 @@ import signal
 import pytest
 import torch
 
+from co3d_ensemble.fields.mpi_network import MPINetwork
 from co3d_ensemble.mine.assembly import compose_mine, load_trained_mine
 from co3d_ensemble.mine.objective import Objective
 from co3d_ensemble.mine.run import train_together
@@ -94,6 +95,15 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, whole, monkeypatch):
     run = tmp_path / "mine" / "mine_generated"
     assert Checkpoints(run / "checkpoints").load_last()["clock"]["step"] == 3 and not (run / "results.json").exists()
     assert train(tmp_path) == 0 and same_weights(run, whole)
+
+
+def test_planes_in_chunks_train_as_planes_at_once(tmp_path, whole, monkeypatch):
+    """In the first step, that is: Adam makes much of rounding."""
+    seen, decode = [], MPINetwork.decode
+    monkeypatch.setattr(MPINetwork, "decode", lambda *own, **how: seen.append(how["plane_chunk"]) or decode(*own, **how))
+    assert train(tmp_path, training__plane_chunk=2) == 0
+    chunked, at_once = (read_metrics(run / "metrics.jsonl", "train")[0]["losses"] for run in (tmp_path / "mine" / "mine_generated", whole))
+    assert chunked == pytest.approx(at_once, rel=2e-3) and seen[0] == 2
 
 
 def test_another_setting_does_not_go_on_with_a_run(whole, capsys):
