@@ -78,7 +78,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--rows", help="comma-separated names: only these (the report takes all that are finished)")
-    parser.add_argument("--scenes", type=int, default=200, help="training scenes (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=600, help="training scenes (default: %(default)s)")
     parser.add_argument("--unseen", type=int, default=20, help="unseen scenes (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2000, help="of every row on generated scenes (default: %(default)s)")
     parser.add_argument("--cape-steps", type=int, default=600, help="(default: %(default)s)")

@@ -87,6 +87,7 @@ class MINETrainingConfig(LoopConfig):
         },
         "weight per loss name, each a sum over the scales (v1: the full one); null or 0 drops it",
     )
+    mirror: bool = setting(False, "show every other training pair in a mirror (the reference does not)")
     multi_scale: bool = setting(True, "all losses but v1 at all four scales, not only at the full one")
     smoothness_gmin: float = setting(2.0, "v1: normalised disparity gradient that costs nothing")
     smoothness_ratio: float = setting(0.1, "v1: share of the picture's largest gradient from which on a pixel is an edge")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from co3d_ensemble.mine.mirror import mirrored
 from co3d_ensemble.mine.pairs import Pair, collate
 from co3d_ensemble.training.stepper import derived_seed
 
@@ -27,6 +28,7 @@ class PairLoader:
         dataset: of :class:`Pair`, drawing from torch's default generator only.
         batch_size: pairs per step of all processes together.
         workers: reading processes; 0: this one.
+        mirror: show every other pair, by a draw of its own, in a mirror.
         pin_memory: for copies to a GPU that wait for nothing.
 
     Raises:
@@ -42,11 +44,12 @@ class PairLoader:
         rank: int = 0,
         size: int = 1,
         workers: int = 0,
+        mirror: bool = False,
         pin_memory: bool = False,
     ) -> None:
         if batch_size % size:
             raise ValueError(f"training.batch_size={batch_size}: must be a multiple of the number of processes, {size}")
-        self._items = _SeededItems(dataset)
+        self._items = _SeededItems(dataset, mirror=mirror)
         self._share = {"n_pairs": len(dataset), "batch_size": batch_size, "seed": seed, "rank": rank, "size": size}  # type: ignore[arg-type]
         self._workers, self._pin_memory = workers, pin_memory
         self._next = -1  # the step whose batch the iterator gives next
@@ -105,15 +108,16 @@ class Steps:
 class _SeededItems(Dataset[Pair]):
     """Items by (seed, index); torch's default generator is put back as it was."""
 
-    def __init__(self, dataset: Dataset[Pair]) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Dataset[Pair], *, mirror: bool) -> None:
+        self._dataset, self._mirror = dataset, mirror
 
     def __getitem__(self, key: tuple[int, int]) -> Pair:
         seed, index = key
         before = torch.random.get_rng_state()
         torch.random.default_generator.manual_seed(seed)  # of the CPU alone: a worker has no business on a GPU
         try:
-            return self._dataset[index]
+            pair = self._dataset[index]
+            return mirrored(pair) if self._mirror and bool(torch.rand(()) < 0.5) else pair
         finally:
             torch.random.set_rng_state(before)
 

@@ -69,6 +69,7 @@ class MINETask:
             rank=processes.rank,
             size=processes.size,
             workers=config.data.workers,
+            mirror=training.mirror,
             pin_memory=device.type == "cuda",
         )
         self._objective = Objective(

@@ -45,6 +45,15 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert content(loader(seed=4).batch(0)) != first[0]
 
 
+def test_a_mirror_shows_about_half_of_the_pairs_and_draws_nothing_else():
+    plain, other = loader(batch_size=100), loader(batch_size=100, mirror=True)
+    before, after = plain.batch(0), other.batch(0)
+    assert before.name == after.name
+    changed = after.t[:, 0] < 0
+    assert 30 < changed.sum() < 70
+    assert torch.equal(after.t[:, 0].abs(), before.t[:, 0]) and torch.equal(after.t[:, 1:], before.t[:, 1:])
+
+
 def test_workers_give_the_same_batches():
     read, own = loader(workers=1), loader()
     assert [content(read.batch(step)) for step in range(3)] == [content(own.batch(step)) for step in range(3)]
