@@ -36,7 +36,6 @@ from co3d_ensemble.fields.mpi_network import MPINetwork
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.depth_metrics import depth_metrics
 from co3d_ensemble.functional.metrics import psnr_fg, psnr_full_image
-from co3d_ensemble.functional.mpi_losses import disparity_scale
 from co3d_ensemble.functional.mpi_sampling import fixed_disparities
 from co3d_ensemble.mine.assembly import compose_mine, load_trained_mine, run_directory
 from co3d_ensemble.mine.baselines import best_single_depths, candidate_depths, constant_depth_errors, warp_scores, warped
@@ -111,9 +110,12 @@ def planned_rows(arguments: argparse.Namespace) -> list[Row]:
     ]
     root = arguments.root or DEFAULT_ROOT
     if (root / "category_to_subset_name_list.json").is_file():
-        # a sequence's unit is its own: the points give it, and depth is scored with each picture's median aligned
-        options = ("experiment=mine_co3d", f"data.root={root}", f"+data.options.subsets=[cape/{SUBSET}]", "data.height=96", "data.width=96")
-        rows.append(Row(CAPE, 16, (*options, "model.encoder=resnet18", "model.poolings=0", "data.workers=0")))
+        options = ["experiment=mine_co3d", f"data.root={root}", f"+data.options.subsets=[cape/{SUBSET}]", "data.height=96", "data.width=96"]
+        options += ["model.encoder=resnet18", "model.poolings=0", "data.workers=0", "training.mirror=true"]
+        # one sequence, so its unit is the planes' (the object stands at 4); it has neither depth nor points
+        options += ["model.near_disparity=0.4", "model.far_disparity=0.02", "data.n_points=0", "training.calibrate_scale=false"]
+        options += ["training.loss_weights.loss_disparity_source=null", "training.loss_weights.loss_disparity_target=null"]
+        rows.append(Row(CAPE, 16, tuple(options)))
     elif arguments.root is not None:
         raise ValueError(f"--root {root}: there is no category_to_subset_name_list.json in it")
     return rows
@@ -148,21 +150,14 @@ def items(pairs: Dataset[Pair], limit: int | None = None) -> Iterator[Pair]:
 
 
 def baselines(config: Any, train: Dataset[Pair], unseen: Dataset[Pair]) -> dict[str, Any]:
-    """Single depths of the training pairs, and their scores on the unseen ones.
-
-    Where a sequence's unit is its own the candidates span the depths of its training pairs.
-    """
-    near, far = 1 / config.model.near_disparity, 1 / config.model.far_disparity
-    if config.training.calibrate_scale:
-        known = torch.cat([pair.source_points[:, 2] for pair in items(train, 20)])
-        known = known[known > 0]
-        near, far = known.min().item() / 2, known.max().item() * 2
-    candidates = candidate_depths(near, far, CANDIDATES)
+    """Single depths of the training pairs, and their scores on the unseen ones."""
+    candidates = candidate_depths(1 / config.model.near_disparity, 1 / config.model.far_disparity, CANDIDATES)
     chosen = best_single_depths(items(train, BASELINE_PAIRS), candidates)
-    align = config.evaluation.depth_alignment
     scores: dict[str, list[float]] = {name: [] for name in ("copy", "warp", "warp_oracle", "constant", "constant_oracle", "valid")}
     for pair in items(unseen):
         rgb, valid = warped(pair, [chosen.warp])
+        if not valid.any():
+            continue  # and in `learned` as well
         mask = valid[0].float()
         scores["copy"].append(psnr_fg(pair.source, pair.target, mask).item())
         scores["warp"].append(psnr_fg(rgb[0], pair.target, mask).item())
@@ -170,7 +165,7 @@ def baselines(config: Any, train: Dataset[Pair], unseen: Dataset[Pair]) -> dict[
         scores["valid"].append(mask.mean().item())
         if pair.source_depth is not None and chosen.constant is not None and (pair.source_depth > 0).any():
             constant = torch.full_like(pair.source_depth, chosen.constant)
-            scores["constant"].append(depth_metrics(constant, pair.source_depth, align=align)["abs_rel"])
+            scores["constant"].append(depth_metrics(constant, pair.source_depth, align="none")["abs_rel"])
             scores["constant_oracle"].append(min(constant_depth_errors(pair.source_depth, candidates)))
     return {
         "warp_depth": chosen.warp,
@@ -195,9 +190,8 @@ def predicted(network: MPINetwork, config: Any, pair: Pair, n_planes: int) -> tu
     model = config.model
     disparity = fixed_disparities(n_planes, model.near_disparity, model.far_disparity, batch=1)[0]
     stack = predict_stack(network, pair.source, pair.K_source, disparity, blend=model.blend_source)
-    scale = disparity_scale(stack.view.disparity, pair.source_points[None]).item() if config.training.calibrate_scale else 1.0
     size = (pair.target.shape[-2], pair.target.shape[-1])
-    view = render_pose(stack, Pose(pair.R, pair.t / scale), K=pair.K_target, size=size)
+    view = render_pose(stack, Pose(pair.R, pair.t), K=pair.K_target, size=size)
     return stack, view.rgb[0].clamp(0, 1), view.valid[0]
 
 
@@ -206,14 +200,16 @@ def learned(network: MPINetwork, config: Any, unseen: Dataset[Pair], n_planes: i
     """Mean scores of the unseen pairs; ``psnr`` is over the pixels that the baseline's warp covers, as the baselines' is."""
     scores: dict[str, list[float]] = {name: [] for name in ("psnr", "psnr_valid", "psnr_whole", "abs_rel", "delta_1")}
     for pair in items(unseen):
-        stack, rgb, valid = predicted(network, config, pair, n_planes)
         mask = warped(pair, [warp_depth])[1][0].float()
+        if not mask.any():
+            continue
+        stack, rgb, valid = predicted(network, config, pair, n_planes)
         scores["psnr"].append(psnr_fg(rgb, pair.target, mask).item())
         scores["psnr_valid"].append(psnr_fg(rgb, pair.target, valid.float()).item())
         scores["psnr_whole"].append(psnr_full_image(rgb, pair.target).item())
         if pair.source_depth is not None and (pair.source_depth > 0).any():
             depth = stack.view.disparity[0].clamp_min(stack.disparity[-1]).reciprocal()
-            found = depth_metrics(depth, pair.source_depth, align=config.evaluation.depth_alignment)
+            found = depth_metrics(depth, pair.source_depth, align="none")
             for name in ("abs_rel", "delta_1"):
                 scores[name].append(found[name])
     return {name: mean(values) for name, values in scores.items()}
@@ -289,8 +285,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             lines.append(f"| {where}: source as it is | | {number(found['psnr_copy'], 2)} | | | | |")
             plane, oracle = number(found["psnr_warp"], 2), number(found["psnr_warp_oracle"], 2)
             lines.append(f"| {where}: one plane, z = {found['warp_depth']:.2f} (oracle) | | {plane} ({oracle}) | | | | |")
-            constant, oracle = number(found["abs_rel_constant"], 3), number(found["abs_rel_constant_oracle"], 3)
-            lines.append(f"| {where}: one depth, {number(found['constant_depth'], 2)} (oracle) | | | | {constant} ({oracle}) | | |")
+            if found["abs_rel_constant"] is not None:
+                constant, oracle = number(found["abs_rel_constant"], 3), number(found["abs_rel_constant_oracle"], 3)
+                lines.append(f"| {where}: one depth, {number(found['constant_depth'], 2)} (oracle) | | | | {constant} ({oracle}) | | |")
         for n, scores in result["planes"].items():
             own = n == str(result["trained_planes"])
             cells = [number(scores["psnr"], 2), number(scores["psnr_valid"], 2), number(scores["abs_rel"], 3), number(scores["delta_1"], 3)]
