@@ -63,6 +63,9 @@ class MPINetwork(nn.Module):
         mode: what a plane holds besides colour: ``sigma`` (density) or ``alpha``.
         poolings: how many of the bottleneck's two poolings are done. The reference does both; they leave one pixel of a picture of
             128 x 128, and batch normalisation over one pixel per picture learns little: fewer are for smaller pictures.
+        density_scale: density per world unit that a raw output of 1 stands for, in mode ``sigma``. The reference's 1 suits its
+            units, in which the nearest plane is 1 away, and its long trainings: an output that has to grow to 20, for a surface that
+            is opaque within a few hundredths of a unit, does so by the learning rate times the steps.
         precision: autocast dtype of the convolutions; outputs are float32.
         compile: run the decoder's layers through ``torch.compile`` with dynamic shapes, where planes are not chunked.
 
@@ -80,6 +83,7 @@ class MPINetwork(nn.Module):
         scales: int = SCALES,
         mode: str = "sigma",
         poolings: int = 2,
+        density_scale: float = 1.0,
         precision: str = "float32",
         compile: bool = False,
     ) -> None:
@@ -92,8 +96,10 @@ class MPINetwork(nn.Module):
             raise ValueError(f"scales={scales}: must lie in 1 .. {SCALES}")
         if not 0 <= poolings <= 2:
             raise ValueError(f"poolings={poolings}: must be 0, 1 or 2")
+        if not density_scale > 0:
+            raise ValueError(f"density_scale={density_scale}: must be positive")
         self.n_harmonics, self.encoding, self.scales, self.mode = n_harmonics, encoding, scales, mode
-        self.poolings = poolings
+        self.poolings, self.density_scale = poolings, density_scale
         self.dtype = PRECISIONS[precision]
         width = disparity_encoding_width(n_harmonics, encoding)
         self.encoder = ResNetEncoder(encoder, weights)
@@ -254,7 +260,10 @@ class MPINetwork(nn.Module):
         raw = raw if raw.dtype == torch.float64 else raw.float()
         last = raw[:, :, 3:]
         rgb = raw[:, :, :3].contiguous().sigmoid()
-        return rgb, (last.contiguous().sigmoid() if self.mode == "alpha" else last.abs().contiguous() + DENSITY_FLOOR)
+        if self.mode == "alpha":
+            return rgb, last.contiguous().sigmoid()
+        density = last.abs().contiguous()
+        return rgb, (density if self.density_scale == 1 else density * self.density_scale) + DENSITY_FLOOR
 
     def _bottleneck(self, x: Tensor) -> Tensor:
         sizes = []

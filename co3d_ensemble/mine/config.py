@@ -53,6 +53,7 @@ class MINEModelConfig:
     n_harmonics: int = setting(10, "octaves of the encoding of the disparity")
     mode: str = setting("sigma", "sigma: density | alpha: opacity per plane")
     poolings: int = setting(2, "poolings of the bottleneck, 0 to 2; the reference's 2 leave one pixel of a picture of 128 x 128")
+    density_scale: float = setting(1.0, "density per world unit that a raw output of 1 stands for; the reference's is 1")
     n_planes: int = setting(32, "planes per picture in training; the same weights render with any number")
     n_fine_planes: int = setting(0, "planes added where a first pass finds surfaces (coarse to fine); 0: off")
     near_disparity: float = setting(1.0, "disparity of the nearest plane, 1 / unit of the scene")
@@ -143,7 +144,14 @@ _CHOICES = {
     "evaluation.sampling": ("fixed", "stratified"),
     "evaluation.depth_alignment": ("none", "scale", "median"),
 }
-_POSITIVE = ("training.batch_size", "training.lr_encoder", "training.lr_decoder", "training.log_every", "model.far_disparity")
+_POSITIVE = (
+    "model.density_scale",
+    "training.batch_size",
+    "training.lr_encoder",
+    "training.lr_decoder",
+    "training.log_every",
+    "model.far_disparity",
+)
 _RANGES = {
     "data.height": f"[{SMALLEST_SIDE}, inf)",
     "data.width": f"[{SMALLEST_SIDE}, inf)",

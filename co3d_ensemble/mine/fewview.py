@@ -37,7 +37,8 @@ def model_of_run(run: Path | str, **settings: Any) -> MINEModel:
     """
     network, config = load_trained_mine(run)
     own = {name: getattr(config.model, name) for name in NETWORK_SETTINGS + PLANE_SETTINGS}
-    own |= {"poolings": network.poolings, "longest_side": max(config.data.height, config.data.width)}
+    own |= {"poolings": network.poolings, "density_scale": network.density_scale}
+    own |= {"longest_side": max(config.data.height, config.data.width)}
     model = build_mine_model(**{**own, **settings})
     model.network.load_state_dict(network.state_dict())
     return model.eval()

@@ -68,6 +68,7 @@ class MINEModel(ImplicitronModelBase):
     encoding: str = "reference"
     mode: str = "sigma"
     poolings: int = 2
+    density_scale: float = 1.0
     precision: str = "float32"
     compile: bool = False
     n_planes: int = 32
@@ -97,6 +98,7 @@ class MINEModel(ImplicitronModelBase):
             encoding=self.encoding,
             mode=self.mode,
             poolings=self.poolings,
+            density_scale=self.density_scale,
             precision=self.precision,
             compile=self.compile,
         )

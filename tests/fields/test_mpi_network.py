@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from co3d_ensemble.fields.disparity_encoding import disparity_encoding
-from co3d_ensemble.fields.mpi_network import MPINetwork
+from co3d_ensemble.fields.mpi_network import DENSITY_FLOOR, MPINetwork
 from co3d_ensemble.fields.mpi_reference_weights import from_reference
 
 CHANNELS = (64, 64, 128, 256, 512)
@@ -277,10 +277,20 @@ def test_small_pictures_can_do_without_the_bottlenecks_poolings():
     network(poolings=0).train()(image, disparity)
 
 
+def test_the_density_scale_multiplies_densities_and_nothing_else():
+    image, disparity = inputs(64, 64, n_planes=2)
+    with torch.no_grad():
+        (rgb, sigma), (same_rgb, scaled) = (network(density_scale=factor).eval()(image, disparity, n_scales=1)[0] for factor in (1.0, 10.0))
+        opacity = [network(density_scale=factor, mode="alpha").eval()(image, disparity, n_scales=1)[0][1] for factor in (1.0, 10.0)]
+    assert torch.equal(rgb, same_rgb) and torch.equal(*opacity)
+    torch.testing.assert_close(scaled - DENSITY_FLOOR, 10 * (sigma - DENSITY_FLOOR))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"poolings": 3}, "poolings=3"),
+        ({"density_scale": 0.0}, "density_scale=0.0: must be positive"),
         ({"mode": "depth"}, "mode='depth'"),
         ({"precision": "float16"}, "precision='float16'"),
         ({"scales": 5}, "scales=5"),
