@@ -210,6 +210,11 @@ def _check_schedule(training: Any) -> None:
         raise ValueError(f"training.milestones={milestones}: expected ascending shares of max_steps in (0, 1)")
     if milestones and training.schedule != "milestones":
         raise ValueError(f"training.milestones={milestones}: only training.schedule=milestones takes them, not {training.schedule}")
+    if training.schedule == "milestones" and not milestones:
+        raise ValueError(
+            "training.milestones is empty, so training.schedule=milestones would never lower the learning rates: "
+            "name shares of max_steps such as [0.4,0.8]"
+        )
 
 
 def _check_losses(config: Any) -> None:

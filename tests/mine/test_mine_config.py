@@ -101,6 +101,7 @@ def test_presets_are_the_rows_of_the_references_table(name, size, disparities, r
         ({"training__max_steps": None}, "training.max_steps and training.epochs are both null"),
         ({"training__milestones": [0.8, 0.4], "training__schedule": "milestones"}, "training.milestones=.0.8, 0.4.: expected ascending"),
         ({"training__milestones": [0.4]}, "only training.schedule=milestones takes them"),
+        ({"training__schedule": "milestones"}, "training.milestones is empty, so training.schedule=milestones would never lower"),
         ({"training__loss_weights": {"loss_rgb": 1.0}}, "name loss_rgb: expected loss_rgb_target"),
         ({"training__loss_weights__loss_rgb_target": -1.0}, "training.loss_weights.loss_rgb_target=-1.0: must not be negative"),
         ({"training__loss_weights": {"loss_rgb_target": 0, "loss_ssim_target": None}}, "or no colour is learned"),
