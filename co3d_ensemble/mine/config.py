@@ -99,6 +99,8 @@ class MINETrainingConfig(LoopConfig):
 
 @dataclass
 class MINEEvaluationConfig:
+    """How validations score, which picks ``best.pt``: one way from a run's first step to its last."""
+
     n_planes: int | None = setting(None, "planes per picture; null: model.n_planes")
     sampling: str = setting("fixed", "fixed: centres of the intervals | stratified: drawn, as the reference does")
     depth_alignment: str = setting("none", "none | scale | median: of predicted depth before it is scored")
@@ -114,16 +116,16 @@ class MINEConfig:
     data: MINEDataConfig = setting(MINEDataConfig, "pairs of pictures")
     model: MINEModelConfig = setting(MINEModelConfig, "network and planes")
     training: MINETrainingConfig = setting(MINETrainingConfig, "how it is trained")
-    evaluation: MINEEvaluationConfig = setting(MINEEvaluationConfig, "how it is scored")
+    evaluation: MINEEvaluationConfig = setting(MINEEvaluationConfig, "how validations score, which picks best.pt")
 
 
-# Settings that cannot change the result: a resumed run may differ in them.
+# Settings that cannot change the result: a resumed run may differ in them. Those under ``evaluation`` are not among them: with other
+# planes a validation's scores are not those that best.pt was chosen by so far.
 FREE_KEYS = (
     "output_dir",
     "device",
     "data.root",
     "data.workers",
-    "evaluation",
     "model.plane_chunk",
     "training.plane_chunk",
     "training.checkpoint_every_seconds",

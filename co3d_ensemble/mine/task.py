@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from co3d_ensemble.functional.mpi import mean_plane_weights, render_source_view
 from co3d_ensemble.functional.mpi_sampling import fine_disparities, stratified_disparities
 from co3d_ensemble.mine.assembly import build_network
 from co3d_ensemble.mine.config import active_weights
-from co3d_ensemble.mine.evaluation import PlaneSampling, Record, Scoring, score_source
+from co3d_ensemble.mine.evaluation import NO_VALID, PlaneSampling, Record, Scoring, score_source
 from co3d_ensemble.mine.inference import predict_stack, render_pose
 from co3d_ensemble.mine.loader import PairLoader
 from co3d_ensemble.mine.objective import ALL_SCALES, Objective
@@ -24,6 +25,8 @@ from co3d_ensemble.mine.protocols import RULES, PairTasks, evenly_spread, rules_
 from co3d_ensemble.mine.trajectories import Pose
 from co3d_ensemble.report.pictures import depth_to_rgb, to_uint8
 from co3d_ensemble.training.processes import ALONE, Processes
+
+logger = logging.getLogger(__name__)
 
 MAX_PICTURES = 4  # validation pairs shown in TensorBoard
 NO_LPIPS = "not computed in training"
@@ -130,7 +133,10 @@ class MINETask:
             return fine_disparities(disparity, mean_plane_weights(view), model.n_fine_planes)
 
     def validate(self) -> dict[str, float]:
-        """Mean scores of the validation pairs at fixed planes; a metric is missing where no pair has its ground truth."""
+        """Mean scores of the validation pairs at fixed planes; a metric is missing where no pair has its ground truth.
+
+        The criterion is always there: NaN, which is better than nothing, where no pair has it or a pair's is not finite.
+        """
         tasks = PairTasks(self._val, row=self._scoring.rules.row, seed=self._training.seed)
         scored: list[tuple[int, Record]] = []
         self._pictures = []
@@ -141,7 +147,11 @@ class MINETask:
             if len(self._pictures) < MAX_PICTURES:
                 self._pictures.append((f"val/{task.name}", self._strip(task.pairs[0][1], index, records[0]["scale"])))
         gathered = sorted((entry for part in self._processes.gather(scored) for entry in part), key=lambda entry: entry[0])
-        return mean_scores(record for _, record in gathered)
+        scores = mean_scores(record for _, record in gathered)
+        if self.criterion not in scores:
+            logger.warning("no validation pair has a %s: %s", self.criterion, NO_VALID)
+            scores[self.criterion] = math.nan
+        return scores
 
     def pictures(self) -> Iterable[tuple[str, Tensor]]:
         """(tag, source | target | prediction | depth) of the first pairs of the last validation, uint8 (3, H, 4 W)."""
@@ -162,10 +172,16 @@ class MINETask:
 
 
 def mean_scores(records: Iterable[Record]) -> dict[str, float]:
-    """Mean of every metric over the records that have a finite number for it."""
+    """Mean of every metric over the records that have it, which those without its ground truth do not.
+
+    A score that is not finite is not left out, or a broken network would be judged by what it did not break: the metric's mean
+    is NaN, which no ``best.pt`` is chosen by, and a warning names metric and pair.
+    """
     found: dict[str, list[float]] = {}
     for record in records:
         for name, value in record.items():
-            if isinstance(value, float) and math.isfinite(value) and name != "scale":
+            if isinstance(value, float) and name != "scale":
                 found.setdefault(name, []).append(value)
-    return {name: math.fsum(values) / len(values) for name, values in found.items()}
+                if not math.isfinite(value):
+                    logger.warning("%s of %s is %s: this validation has no %s", name, record["name"], value, name)
+    return {name: math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan for name, values in found.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 
@@ -10,9 +11,12 @@ import pytest
 import torch
 
 from co3d_ensemble.fields.mpi_network import MPINetwork
+from co3d_ensemble.mine import task as task_module
 from co3d_ensemble.mine.assembly import compose_mine, load_trained_mine
+from co3d_ensemble.mine.evaluation import score_source
 from co3d_ensemble.mine.objective import Objective
 from co3d_ensemble.mine.run import train_together
+from co3d_ensemble.mine.task import MINETask, mean_scores
 from co3d_ensemble.mine.training_data import open_pairs
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.records import read_metrics
@@ -106,9 +110,17 @@ def test_planes_in_chunks_train_as_planes_at_once(tmp_path, whole, monkeypatch):
     assert chunked == pytest.approx(at_once, rel=2e-3) and seen[0] == 2
 
 
-def test_another_setting_does_not_go_on_with_a_run(whole, capsys):
-    assert train(whole.parent.parent, training__lr_decoder=0.5) == 1
-    assert "training.lr_decoder: 0.001 in the run, 0.5 now" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("training.lr_decoder", 0.5, "0.001 in the run, 0.5 now"),
+        ("evaluation.n_planes", 5, "None in the run, 5 now"),  # best.pt was chosen by scores at other planes
+        ("evaluation.sampling", "stratified", "'fixed' in the run, 'stratified' now"),
+    ],
+)
+def test_another_setting_does_not_go_on_with_a_run(whole, capsys, key, value, told):
+    assert train(whole.parent.parent, **{key.replace(".", "__"): value}) == 1
+    assert f"{key}: {told}" in capsys.readouterr().err
 
 
 def two_processes(processes, folder):
@@ -140,6 +152,40 @@ def test_finer_planes_alpha_and_the_references_schedule_train(tmp_path):
     assert train(tmp_path, training__max_steps=2, **options) == 0
     lines = read_metrics(tmp_path / "mine" / "mine_generated" / "metrics.jsonl", "train")
     assert [line["lr"]["encoder"] for line in lines] == pytest.approx([1e-3, 1e-4])
+
+
+def test_a_score_that_is_no_number_is_named_and_makes_no_checkpoint_the_best(tmp_path, monkeypatch, caplog):
+    validations = []
+
+    def scored(network, task, index, **how):
+        for record in score_source(network, task, index, **how):
+            validations.append(task.name)
+            if "psnr_valid" in record and len(validations) > 4:  # of two pairs, their views and their depths: the second validation
+                record["psnr_valid"] = math.nan if index == 0 else 99.0
+            yield record
+
+    monkeypatch.setattr(task_module, "score_source", scored)
+    assert train(tmp_path) == 0
+    run = tmp_path / "mine" / "mine_generated"
+    first, second = read_metrics(run / "metrics.jsonl", "validation")
+    assert second["metrics"]["psnr_valid"] is None and second["metrics"]["psnr"] > 0
+    results = json.loads((run / "results.json").read_text())
+    assert (results["best_step"], results["best_metric"]) == (2, first["metrics"]["psnr_valid"])
+    assert f"psnr_valid of {validations[0]} is nan" in caplog.text
+
+
+def test_a_metric_without_ground_truth_is_left_out_and_a_criterion_that_no_pair_has_is_no_number(monkeypatch, caplog):
+    def blind(network, task, index, **how):
+        for record in score_source(network, task, index, **how):
+            yield {**record, "psnr_valid": None} if "psnr_valid" in record else record
+
+    records = [{"name": "a", "psnr": 20.0, "abs_rel": None, "scale": 2.0}, {"name": "b", "psnr": 30.0, "abs_rel": 0.5}]
+    assert mean_scores(records) == {"psnr": 25.0, "abs_rel": 0.5}
+    assert math.isnan(mean_scores([*records, {"name": "c", "psnr": math.inf}])["psnr"])
+    monkeypatch.setattr(task_module, "score_source", blind)
+    config = compose_mine(overrides("unused"))
+    scores = MINETask(config, config.training, *open_pairs(config), device=torch.device("cpu")).validate()
+    assert math.isnan(scores["psnr_valid"]) and scores["psnr"] > 0 and "no validation pair has a psnr_valid" in caplog.text
 
 
 @pytest.mark.parametrize(
