@@ -72,12 +72,12 @@ def fit_size(size: tuple[int, int], *, height: int, width: int, mode: str = "str
     return Fit((x, y, x + taken * width, y + taken * height), height, width)
 
 
-def check_settings(*, height: int, width: int, fit: str, check: str = "headers", n_points: int = 0) -> None:
-    """ValueError with the setting's name for what all data sets of photographs share."""
+def check_settings(*, height: int, width: int, fit: str, check: str = "headers", n_points: int = 0, checks: Sequence[str] = CHECKS) -> None:
+    """ValueError with the setting's name for what all data sets of photographs share; ``checks``: what ``check`` may be."""
     for name, value, low in (("height", height, MIN_SIDE), ("width", width, MIN_SIDE), ("n_points", n_points, 0)):
         if value < low:
             raise ValueError(f"{name}={value}: must be at least {low}")
-    for name, value, allowed in (("fit", fit, FITS), ("check", check, CHECKS)):
+    for name, value, allowed in (("fit", fit, FITS), ("check", check, checks)):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from co3d_ensemble.mine.colmap import is_colmap_model, read_colmap_model
 from co3d_ensemble.mine.pictures import (
+    CHECKS,
     check_rotation,
     check_settings,
     existing_folder,
@@ -37,6 +38,7 @@ from co3d_ensemble.mine.views import View, ViewPairs, visible_points
 logger = logging.getLogger(__name__)
 
 COLUMNS = 19
+SAMPLE = "sample"  # the check that opens one picture per clip: there are tens of thousands of clips and millions of pictures
 MODELS_KEPT = 64  # COLMAP models in memory
 POINTS_SCRIPT = "launch/make_realestate10k_points.py"
 
@@ -138,7 +140,9 @@ class RealEstate10K(ViewPairs):
         frame_distance: targets lie exactly this many lines later (the protocol's n = 5 and n = 10), instead.
         sources_per_clip: that many evenly spread frames of each clip are sources; None: every one that has a target.
         n_points: sparse points per picture from the COLMAP model beside the clip's frames; 0: none.
-        check: ``headers`` opens every picture's header at once, ``decode`` reads all of it, ``none`` only looks that it is there.
+        check: of the pictures, all at once before anything else: ``sample`` opens the header of the first one of each clip, ``headers``
+            that of every picture and ``decode`` reads all of it, both long on a network file system; ``none`` and all others look
+            that the pictures are there. A damaged one that the check did not open is an error where it is read.
 
     Raises:
         ValueError, FileNotFoundError: naming the setting, or the file and line; clips of fewer than two frames on disk are
@@ -159,11 +163,11 @@ class RealEstate10K(ViewPairs):
         sources_per_clip: int | None = None,
         n_points: int = 0,
         random_target: bool = True,
-        check: str = "headers",
+        check: str = "sample",
         cache_megabytes: float = 512,
     ) -> None:
         super().__init__(n_points=n_points, random_target=random_target, cache_megabytes=cache_megabytes)
-        check_settings(height=height, width=width, fit=fit, check=check, n_points=n_points)
+        check_settings(height=height, width=width, fit=fit, check=check, n_points=n_points, checks=(SAMPLE, *CHECKS))
         least = {"max_frame_distance": max_frame_distance, "frame_distance": frame_distance, "sources_per_clip": sources_per_clip}
         for name, value in least.items():
             if value is not None and value < 1:
@@ -229,7 +233,7 @@ class RealEstate10K(ViewPairs):
             logger.warning("%d of %d clips have fewer than two frames in %s, such as %s", len(dropped), len(files), frames, dropped[0].name)
         for clip in clips:
             if check != "none":
-                for path in clip.frames:
+                for path in (clip.frame(0),) if check == SAMPLE else clip.frames:
                     picture_size(path, check)
             folder = clip.folder / "sparse"
             if self.n_points and not is_colmap_model(folder):

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from co3d_ensemble.functional.cameras import so3_exp
+from co3d_ensemble.mine import realestate10k
 from co3d_ensemble.mine.realestate10k import RealEstate10K, read_cameras
 from tests.mine.colmap_files import write_colmap
 
@@ -166,7 +167,26 @@ def test_missing_folders_and_damaged_pictures_are_named_at_once(tmp_path, caplog
         RealEstate10K(tmp_path, frame_distance=1, **SIZE)[4]
     broken.write_bytes(b"")
     with pytest.raises(ValueError, match=f"{broken.name}: not a picture"):
+        RealEstate10K(tmp_path, check="headers", **SIZE)
+
+
+def test_one_picture_per_clip_is_opened_before_the_start_unless_more_is_asked_for(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_clip(tmp_path, name, n=5, missing=(0,))
+    opened = []
+    monkeypatch.setattr(realestate10k, "picture_size", lambda path, check: opened.append((path.parent.name, path.stem, check)))
+    for how, expected in (({}, 2), ({"check": "headers"}, 8), ({"check": "decode"}, 8), ({"check": "none"}, 0)):
+        opened.clear()
+        RealEstate10K(tmp_path, **how, **SIZE)
+        assert len(opened) == len(set(opened)) == expected
+        if not how:
+            assert opened == [(name, str(timestamp(1)), "sample") for name in ("a", "b")]
+    monkeypatch.undo()
+    (tmp_path / "frames/train/b" / f"{timestamp(1)}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="b/62033367.png: not a picture"):
         RealEstate10K(tmp_path, **SIZE)
+    with pytest.raises(ValueError, match="check='all': expected one of sample, headers, decode, none"):
+        RealEstate10K(tmp_path, check="all", **SIZE)
 
 
 @pytest.mark.parametrize("settings", [{"max_frame_distance": 0}, {"frame_distance": 0}, {"sources_per_clip": 0}, {"height": 1}])
