@@ -10,6 +10,7 @@ dev, results_fewview.json. Settings:
     output_dir=outputs     where the submission goes
     sequence_set=dev       dev | test
     n_planes=null          planes per picture; null: as in training
+    fine_planes=null       planes added where a first pass finds surfaces (coarse to fine); null: as in training
     n_sources=1            source frames that a target is rendered from: the nearest one, or the average of several
     scene_scale=1.0        world units per unit of the network
     plane_chunk=null       planes decoded at once, fewer for less memory; null: as the run has it
@@ -39,6 +40,7 @@ class FewViewConfig:
     output_dir: str = "outputs"
     sequence_set: str = "dev"
     n_planes: int | None = None
+    fine_planes: int | None = None
     n_sources: int = 1
     scene_scale: float = 1.0
     plane_chunk: int | None = None
@@ -51,10 +53,14 @@ class FewViewConfig:
             value = getattr(self, name)
             if isinstance(value, (int, float)) and not value > 0:
                 raise ValueError(f"{name}={value}: must be positive")
+        if self.fine_planes is not None and self.fine_planes < 0:
+            raise ValueError(f"fine_planes={self.fine_planes}: must not be negative")
 
 
 def export(config: FewViewConfig) -> int:
     given = {name: getattr(config, name) for name in ("n_planes", "plane_chunk") if getattr(config, name) is not None}
+    if config.fine_planes is not None:
+        given["n_fine_planes"] = config.fine_planes
     model = model_of_run(config.run, n_sources=config.n_sources, scene_scale=config.scene_scale, **given)
     device = resolve_device(config.device)
     done = export_fewview(model, config.dataset_root, config.output_dir, sequence_set=config.sequence_set, device=device)

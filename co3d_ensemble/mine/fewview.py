@@ -21,7 +21,7 @@ from co3d_ensemble.training.lock import FolderLock
 
 TASK = "fewview"
 NETWORK_SETTINGS = ("encoder", "encoding", "n_harmonics", "mode", "precision", "compile")
-PLANE_SETTINGS = ("n_planes", "near_disparity", "far_disparity", "blend_source", "plane_chunk")
+PLANE_SETTINGS = ("n_planes", "n_fine_planes", "near_disparity", "far_disparity", "blend_source", "plane_chunk")
 
 
 def model_of_run(run: Path | str, **settings: Any) -> MINEModel:

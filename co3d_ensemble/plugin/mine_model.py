@@ -23,11 +23,11 @@ from pytorch3d.implicitron.tools.config import expand_args_fields, get_default_a
 from pytorch3d.renderer.cameras import PerspectiveCameras
 from torch import Tensor
 
-from co3d_ensemble.fields.mpi_network import MPINetwork
+from co3d_ensemble.fields.mpi_network import ImageFeatures, MPINetwork
 from co3d_ensemble.functional.cameras import opencv_from_pinhole, relative_pose
-from co3d_ensemble.functional.mpi import blend_source, render_source_view, render_target_view
+from co3d_ensemble.functional.mpi import blend_source, mean_plane_weights, render_source_view, render_target_view
 from co3d_ensemble.functional.mpi_losses import l1_loss, ssim_loss
-from co3d_ensemble.functional.mpi_sampling import fixed_disparities, stratified_disparities
+from co3d_ensemble.functional.mpi_sampling import fine_disparities, fixed_disparities, stratified_disparities
 from co3d_ensemble.functional.types import SURFACE_ALPHA, Frame, PinholeCamera, RenderedView
 from co3d_ensemble.plugin.frames import area_average, pinhole_camera
 from co3d_ensemble.plugin.mine_views import SceneMPI, SourceImage, blended_views, camera_distance
@@ -51,6 +51,7 @@ class MINEModel(ImplicitronModelBase):
         checkpoint: ``best.pt`` of a run of MINE, whose network this one starts as.
         n_planes, near_disparity, far_disparity: the planes, in 1 / the network's unit of length; in evaluation at the centres of
             equal intervals, in training drawn in them.
+        n_fine_planes: so many more, where a first pass over those finds surfaces (coarse to fine); 0: off.
         blend_source: what a photograph sees keeps its colours.
         plane_chunk: planes decoded at once, for less memory.
         longest_side: photographs are averaged down to it for the network; None: as they come.
@@ -72,6 +73,7 @@ class MINEModel(ImplicitronModelBase):
     precision: str = "float32"
     compile: bool = False
     n_planes: int = 32
+    n_fine_planes: int = 0
     near_disparity: float = 1.0
     far_disparity: float = 0.001
     blend_source: bool = True
@@ -90,6 +92,8 @@ class MINEModel(ImplicitronModelBase):
         unknown = sorted(set(self.loss_weights) - set(LOSSES))
         if unknown:
             raise ValueError(f"loss_weights: {', '.join(unknown)}: this model computes {', '.join(LOSSES)}")
+        if self.n_fine_planes < 0:
+            raise ValueError(f"n_fine_planes={self.n_fine_planes}: must not be negative")
         fixed_disparities(self.n_planes, self.near_disparity, self.far_disparity, batch=1)  # checks them
         self.network = MPINetwork(
             self.encoder,
@@ -241,15 +245,26 @@ class MINEModel(ImplicitronModelBase):
         camera = source.camera.resized(*size)
         rgb_mask = [part if part is None or size == (height, width) else area_average(part, *size) for part in (source.rgb, source.mask)]
         image, mask = (None if part is None else part[None] for part in rgb_mask)
-        draw = stratified_disparities if training else fixed_disparities
-        disparity = draw(self.n_planes, self.near_disparity, self.far_disparity, batch=1, device=image.device)
-        ((rgb, sigma),) = self.network(image, disparity, plane_chunk=self.plane_chunk, n_scales=1)
+        K, _, _ = opencv_from_pinhole(camera)
+        features = self.network.encode(image)
+        disparity = self._disparities(features, K, training=training)
+        ((rgb, sigma),) = self.network.decode(features, disparity, plane_chunk=self.plane_chunk, n_scales=1)
         depth = disparity.reciprocal()
         if self.blend_source:
-            K, _, _ = opencv_from_pinhole(camera)
             seen = render_source_view(rgb, sigma, depth, K[None], mode=self.mode)
             rgb = blend_source(rgb, seen.transmittance, image)
         return SceneMPI(rgb, sigma, depth, mask, camera)
+
+    def _disparities(self, features: ImageFeatures, K: Tensor, *, training: bool) -> Tensor:
+        """1 / z of the planes, with the fine ones where there are any, descending, shape (1, N)."""
+        draw = stratified_disparities if training else fixed_disparities
+        disparity = draw(self.n_planes, self.near_disparity, self.far_disparity, batch=1, device=K.device)
+        if not self.n_fine_planes:
+            return disparity
+        with torch.no_grad():
+            ((rgb, sigma),) = self.network.decode(features, disparity, plane_chunk=self.plane_chunk, n_scales=1)
+            seen = render_source_view(rgb, sigma, disparity.reciprocal(), K[None], mode=self.mode)
+            return fine_disparities(disparity, mean_plane_weights(seen), self.n_fine_planes, perturb=training)
 
     def _own_stacks(self, chosen: Sequence[int]) -> list[SceneMPI]:
         """Of the model's photographs; those of the last call are used again while neither weights nor photographs changed."""

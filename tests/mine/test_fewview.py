@@ -72,12 +72,13 @@ def run_config(**planes):
     return SimpleNamespace(model=SimpleNamespace(**network, **planes), data=SimpleNamespace(height=64, width=96))
 
 
-PLANES = {"n_planes": 5, "near_disparity": 2.0, "far_disparity": 0.1, "blend_source": False, "plane_chunk": 4}
+PLANES = {"n_planes": 5, "n_fine_planes": 2, "near_disparity": 2.0, "far_disparity": 0.1, "blend_source": False, "plane_chunk": 4}
 
 
 def test_the_model_of_a_run_has_its_network_and_its_settings(model, monkeypatch):
     monkeypatch.setattr(fewview, "load_trained_mine", lambda run: (model.network, run_config(**PLANES)))
     loaded = model_of_run("run", n_planes=7)
+    assert loaded.n_fine_planes == 2
     assert (loaded.n_planes, loaded.far_disparity, loaded.longest_side, loaded.blend_source) == (7, 0.1, 96, False)
     assert not loaded.training and loaded.network.poolings == 0
     torch.testing.assert_close(dict(loaded.network.state_dict()), dict(model.network.state_dict()))
@@ -90,5 +91,5 @@ def test_the_script_exports_and_names_what_is_wrong(root, model, tmp_path, monke
     assert export_fewview_script.main([*place, "run=x", "n_sources=0"]) == 2
     assert "n_sources=0" in capsys.readouterr().err
     monkeypatch.setattr(fewview, "load_trained_mine", lambda run: (model.network, run_config(**PLANES)))
-    assert export_fewview_script.main([*place, "run=x", "n_planes=2"]) == 0
+    assert export_fewview_script.main([*place, "run=x", "n_planes=2", "fine_planes=1"]) == 0
     assert "submission_fewview_dev.hdf5: checked" in capsys.readouterr().out

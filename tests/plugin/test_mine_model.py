@@ -34,8 +34,12 @@ class Wall(nn.Module):
         self.weight = nn.Parameter(torch.ones(()))
         self.calls = 0
 
-    def forward(self, image, disparity, *, plane_chunk=None, n_scales=None):
+    def encode(self, image):
         self.calls += 1
+        return image
+
+    def decode(self, image, disparity, *, plane_chunk=None, n_scales=None):
+        self.disparity = disparity
         on_wall = (disparity * WALL - 1).abs() < 1e-5
         assert on_wall.any() and n_scales == 1
         sigma = torch.where(on_wall, OPAQUE, EMPTY)[..., None, None, None].expand(-1, -1, 1, *image.shape[-2:])
@@ -192,6 +196,26 @@ def test_large_photographs_are_averaged_down_for_the_network():
     view, (points, _) = model.render_view(TARGET), wall_seen_by(TARGET)
     assert model._stacks[0].rgb.shape[-2:] == (20, 28)
     assert (inside(view.rgb) - inside(paint(points).permute(2, 0, 1))).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_fine_planes_are_added_where_the_surface_is(training):
+    class Slab(Wall):
+        def decode(self, image, disparity, *, plane_chunk=None, n_scales=None):
+            self.disparity = disparity
+            sigma = torch.where((disparity > 0.3) & (disparity < 0.5), OPAQUE, EMPTY)[..., None, None, None]
+            return [(image[:, None].expand(-1, disparity.shape[1], -1, -1, -1), sigma.expand(-1, -1, 1, *image.shape[-2:]))]
+
+    model = wall_model(n_fine_planes=4)
+    model.network = Slab()
+    data = batch(camera(move=(0.1, 0.0, 0.0)), SOURCE)
+    model(**data, evaluation_mode=EvaluationMode.TRAINING if training else EvaluationMode.EVALUATION)
+    (found,) = model.network.disparity.tolist()
+    assert len(found) == 3 + 4 and found == sorted(found, reverse=True) and model.network.calls == 1
+    if not training:  # between the middles of the coarse planes 0.6, 0.4 and 0.2, at equal steps
+        assert found == pytest.approx([0.6, 0.475, 0.425, 0.4, 0.375, 0.325, 0.2])
+    with pytest.raises(ValueError, match="n_fine_planes=-1"):
+        build_mine_model(encoder="resnet18", n_fine_planes=-1)
 
 
 def test_the_nearest_photograph_is_shown_and_those_of_other_sequences_never():
