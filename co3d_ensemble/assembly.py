@@ -21,6 +21,7 @@ from co3d_ensemble.data.ray_bank import RayBank
 from co3d_ensemble.fields.vm_field import PENALTIES
 from co3d_ensemble.functional.types import Frame
 from co3d_ensemble.functional.visual_hull import candidate_box, grid_resolution, visual_hull
+from co3d_ensemble.mine.co3d_points import SequenceClouds, points_of_frames
 from co3d_ensemble.plugin.frames import load_frames
 from co3d_ensemble.plugin.implicitron_args import plain
 from co3d_ensemble.plugin.implicitron_model import ImplicitronModel
@@ -126,7 +127,8 @@ def build_model(config: Any, scene: Scene) -> ObjectModel | ImplicitronModel | M
     """The experiment's untrained model for a scene; weights come from torch's default generator."""
     if _is_mine(config):
         model = build_mine_model(**_mine_settings(config.model.implicitron))
-        model.set_sources(scene.train, kept=config.model.implicitron.kept_photographs)
+        points = points_of_frames(scene.train, scene.subset.known, SequenceClouds(config.dataset_root))
+        model.set_sources(scene.train, kept=config.model.implicitron.kept_photographs, points=points)
         return model
     if config.model.kind == "implicitron":
         height, width = scene.train[0].camera.height, scene.train[0].camera.width

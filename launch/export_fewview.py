@@ -12,7 +12,8 @@ dev, results_fewview.json. Settings:
     n_planes=null          planes per picture; null: as in training
     fine_planes=null       planes added where a first pass finds surfaces (coarse to fine); null: as in training
     n_sources=1            source frames that a target is rendered from: the nearest one, or the average of several
-    scene_scale=1.0        world units per unit of the network
+    scene_scale=null       world units per unit of the network; null: fitted to each sequence by the depth maps of its source frames or
+                           its point cloud; 1, with a warning that names the sequence, where there is neither
     plane_chunk=null       planes decoded at once, fewer for less memory; null: as the run has it
     device=auto            auto | cpu | cuda | cuda:N
 
@@ -42,7 +43,7 @@ class FewViewConfig:
     n_planes: int | None = None
     fine_planes: int | None = None
     n_sources: int = 1
-    scene_scale: float = 1.0
+    scene_scale: float | None = None
     plane_chunk: int | None = None
     device: str = "auto"
 
@@ -58,10 +59,10 @@ class FewViewConfig:
 
 
 def export(config: FewViewConfig) -> int:
-    given = {name: getattr(config, name) for name in ("n_planes", "plane_chunk") if getattr(config, name) is not None}
+    given = {name: getattr(config, name) for name in ("n_planes", "plane_chunk", "scene_scale") if getattr(config, name) is not None}
     if config.fine_planes is not None:
         given["n_fine_planes"] = config.fine_planes
-    model = model_of_run(config.run, n_sources=config.n_sources, scene_scale=config.scene_scale, **given)
+    model = model_of_run(config.run, n_sources=config.n_sources, **given)
     device = resolve_device(config.device)
     done = export_fewview(model, config.dataset_root, config.output_dir, sequence_set=config.sequence_set, device=device)
     if done["results"] is not None:

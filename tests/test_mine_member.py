@@ -49,6 +49,8 @@ def test_a_run_is_trained_scored_and_exported_from_its_checkpoint_alone(root, ou
     model, _ = load_trained(run, torch.device("cpu"))
     subset = CO3DIndex(root).subset("mug", SUBSET)
     assert isinstance(model, MINEModel) and len(model.source_views) == len(subset.known)
+    unit = model.world_unit.item()  # of the known frames' depth maps, fitted once and kept
+    assert unit > 0 and unit != 1
     # its photographs are the known frames', never those of targets
     frames = load_frames(str(root), "mug", SUBSET, [record.key for record in subset.known], longest_side=24, load_depths=False)
     torch.testing.assert_close(model.source_views.rgb, torch.stack([frame.rgb for frame in frames]))

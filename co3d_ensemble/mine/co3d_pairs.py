@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
-import zlib
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from co3d_ensemble.data.audit import audit_subset, usable_frames
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord
-from co3d_ensemble.functional.cameras import opencv_from_pinhole, pixel_centers
-from co3d_ensemble.mine.pictures import check_settings, fit_size, picture_size, read_picture
-from co3d_ensemble.mine.point_cloud import read_ply_points, seen_points
+from co3d_ensemble.functional.cameras import opencv_from_pinhole
+from co3d_ensemble.mine.co3d_points import SequenceClouds, has_depth, known_depths, read_depth
+from co3d_ensemble.mine.pictures import check_settings, fit_size, read_picture
 from co3d_ensemble.mine.views import View, ViewPairs
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 POINTS = ("auto", "depth", "cloud")
-SEQUENCE_ANNOTATIONS_FILE = "sequence_annotations.jgz"
 MIN_FRAMES = 2
 
 
@@ -77,8 +71,7 @@ class CO3DPairs(ViewPairs):
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}")
         self.height, self.width, self.fit, self.points = height, width, fit, points
         self.root, self._index = Path(root), CO3DIndex(root)
-        self._clouds: dict[str, dict[str, str | None]] = {}
-        self._cloud_points: dict[Path, Tensor] = {}
+        self._clouds = SequenceClouds(self.root)
         self._pairs: list[tuple[FrameRecord, tuple[FrameRecord, ...]]] = []
         for category, name in self._chosen(subsets):
             subset = self._index.subset(category, name)
@@ -104,7 +97,7 @@ class CO3DPairs(ViewPairs):
         K, R, t = opencv_from_pinhole(key.camera())
         K = fit.intrinsics(K.double())
         mask = fit.picture(read_picture(key.mask_path, "L")) if key.mask_path else None
-        depth = fit.nearest(read_depth(key)) if _has_depth(key) else None
+        depth = fit.nearest(read_depth(key)) if has_depth(key) else None
         points = self._points(key, K, R.double(), t.double(), depth)
         name = f"{key.category}/{key.sequence_name}"
         return View(name, str(key.frame_number), fit.picture(image), K, R.double(), t.double(), points=points, depth=depth, mask=mask)
@@ -118,7 +111,7 @@ class CO3DPairs(ViewPairs):
 
     def _require_points(self) -> None:
         for record in self._records():
-            if self.points == "depth" and not _has_depth(record):
+            if self.points == "depth" and not has_depth(record):
                 raise ValueError(f"points='depth': frame {record.name} has no depth map; picture {record.image_path}")
             if self.points == "cloud" and self._cloud_path(record) is None:
                 raise ValueError(f"points='cloud': sequence {record.sequence_name} of {record.category} has no point cloud")
@@ -126,7 +119,7 @@ class CO3DPairs(ViewPairs):
     def _leave_out_what_has_no_points(self) -> None:
         """A batch has points for all of its pictures or for none, and a pair without them has no unit of length."""
         records = self._records()
-        lacking = {record for record in records if not _has_depth(record) and self._cloud_path(record) is None}
+        lacking = {record for record in records if not has_depth(record) and self._cloud_path(record) is None}
         if not lacking or len(lacking) == len(records):
             return
         there = [(source, tuple(target for target in targets if target not in lacking)) for source, targets in self._pairs]
@@ -143,45 +136,12 @@ class CO3DPairs(ViewPairs):
         if self.n_points == 0:
             return None
         if depth is not None and self.points != "cloud":
-            known = depth.flatten() > 0
-            return torch.cat((pixel_centers(self.height, self.width), depth.reshape(-1, 1)), dim=1)[known]
+            return known_depths(depth)
         path = self._cloud_path(record) if self.points != "depth" else None
-        if path is None:
-            return None
-        if path not in self._cloud_points:
-            self._cloud_points[path] = read_ply_points(path)
-        return seen_points(self._cloud_points[path] @ R.T + t, K, height=self.height, width=self.width)
+        return None if path is None else self._clouds.seen(path, K, R, t, height=self.height, width=self.width)
 
     def _cloud_path(self, record: FrameRecord) -> Path | None:
-        if record.category not in self._clouds:
-            self._clouds[record.category] = _point_clouds(self.root / record.category / SEQUENCE_ANNOTATIONS_FILE)
-        path = self._clouds[record.category].get(record.sequence_name)
-        asked_for = self.points == "cloud"  # then a file that is missing is an error, where it is read
-        return self.root / path if path and (asked_for or (self.root / path).is_file()) else None
-
-
-def _has_depth(record: FrameRecord) -> bool:
-    return record.depth_path is not None and record.depth_path.is_file()
-
-
-def read_depth(record: FrameRecord) -> Tensor:
-    """z in world units, 0 where the depth map or its mask says unknown, float32, shape (1, H, W).
-
-    CO3D's depth PNGs hold the bits of float16 numbers in 16-bit gray, to be multiplied by the scale adjustment.
-    """
-    path = record.depth_path
-    picture_size(path)  # names the file
-    bits = np.asarray(read_picture(path, "I")).astype(np.uint16)
-    depth = torch.from_numpy(bits.view(np.float16).astype(np.float32)) * record.depth_scale_adjustment
-    depth = torch.where(torch.isfinite(depth) & (depth > 0), depth, 0.0)[None]
-    if record.depth_mask_path is not None and record.depth_mask_path.is_file():
-        valid = torch.from_numpy(np.asarray(read_picture(record.depth_mask_path, "I")).astype(np.int64))[None]
-        if valid.shape != depth.shape:
-            raise ValueError(f"{record.depth_mask_path}: {tuple(valid.shape[1:])} pixels, its depth map has {tuple(depth.shape[1:])}")
-        depth = depth * (valid > 0)
-    if depth.shape[1:] != (record.height, record.width):
-        raise ValueError(f"{path}: {tuple(depth.shape[1:])} pixels (height, width), annotated as {(record.height, record.width)}")
-    return depth
+        return self._clouds.path(record, required=self.points == "cloud")
 
 
 def _neighbours(
@@ -199,14 +159,3 @@ def _neighbours(
         if near:
             pairs.append((source, near))
     return pairs
-
-
-def _point_clouds(path: Path) -> dict[str, str | None]:
-    """Path of each sequence's point cloud, relative to the root; empty where there are no sequence annotations."""
-    if not path.is_file():
-        return {}
-    try:
-        entries = json.loads(gzip.decompress(path.read_bytes()))
-        return {entry["sequence_name"]: (entry.get("point_cloud") or {}).get("path") for entry in entries}
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read: {error!r}") from error

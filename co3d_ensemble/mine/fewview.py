@@ -15,6 +15,7 @@ from co3d_ensemble.data.co3d import CO3DIndex, EvalBatch, FrameRecord, Subset
 from co3d_ensemble.files import remove_temporaries, write_json_atomic
 from co3d_ensemble.functional.types import RenderedView
 from co3d_ensemble.mine.assembly import load_trained_mine
+from co3d_ensemble.mine.co3d_points import SequenceClouds, points_of_frames
 from co3d_ensemble.plugin.frames import load_frames
 from co3d_ensemble.plugin.mine_model import MINEModel, build_mine_model
 from co3d_ensemble.training.lock import FolderLock
@@ -30,7 +31,9 @@ def model_of_run(run: Path | str, **settings: Any) -> MINEModel:
     Args:
         run: see ``load_trained_mine``.
         settings: of ``MINEModel``, over those of the run (``n_planes``, ``n_sources``, ``scene_scale``, ...). Photographs are
-            averaged down to the longest side of the run's training pictures unless ``longest_side`` says otherwise.
+            averaged down to the longest side of the run's training pictures unless ``longest_side`` says otherwise. Without
+            ``scene_scale`` the unit of each sequence is fitted to the points of its source frames, unless the run was trained on
+            CO3D in the sequences' own units.
 
     Raises:
         ValueError, FileNotFoundError: as ``load_trained_mine``; an unknown setting.
@@ -39,6 +42,8 @@ def model_of_run(run: Path | str, **settings: Any) -> MINEModel:
     own = {name: getattr(config.model, name) for name in NETWORK_SETTINGS + PLANE_SETTINGS}
     own |= {"poolings": network.poolings, "density_scale": network.density_scale}
     own |= {"longest_side": max(config.data.height, config.data.width)}
+    if config.data.kind == "co3d" and not config.training.calibrate_scale:
+        own["scene_scale"] = 1.0  # it was trained in the sequences' own units
     model = build_mine_model(**{**own, **settings})
     model.network.load_state_dict(network.state_dict())
     return model.eval()
@@ -69,6 +74,9 @@ def render_eval_batches(
 ) -> Iterator[tuple[FrameRecord, RenderedView]]:
     """Every target once, at its original size, on the CPU, from the photographs of its batch and no others.
 
+    The unit of length, where the model has no ``scene_scale``, is that of the points of these photographs (depth maps, else the
+    sequence's point cloud), too.
+
     Args:
         model: on ``device``; its photographs are replaced.
 
@@ -76,11 +84,13 @@ def render_eval_batches(
         ValueError: a target without sources, or a source that cannot be read, naming it.
     """
     shown: tuple[Any, ...] | None = None
+    clouds = SequenceClouds(dataset_root)
     for batch in batches_to_render(subset).values():
         keys = tuple(source.key for source in batch.sources)
         if keys != shown:  # neighbouring batches often share their sources, and with them the network's pass
             frames = load_frames(str(dataset_root), subset.category, subset.name, keys, load_depths=False)
-            model.set_sources(frames)
+            points = points_of_frames(frames, batch.sources, clouds) if model.scene_scale is None else None
+            model.set_sources(frames, points=points)
             shown = keys
         yield batch.target, model.render_view(batch.target.camera().to(device)).cpu()
 

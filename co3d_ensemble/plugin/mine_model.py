@@ -10,6 +10,7 @@ so nothing is blurred where two multiplane images disagree about depth.
 
 from __future__ import annotations
 
+import logging
 import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -26,12 +27,14 @@ from torch import Tensor
 from co3d_ensemble.fields.mpi_network import ImageFeatures, MPINetwork
 from co3d_ensemble.functional.cameras import opencv_from_pinhole, relative_pose
 from co3d_ensemble.functional.mpi import blend_source, mean_plane_weights, render_source_view, render_target_view
-from co3d_ensemble.functional.mpi_losses import l1_loss, ssim_loss
+from co3d_ensemble.functional.mpi_losses import disparity_scale, l1_loss, ssim_loss, values_at_points
 from co3d_ensemble.functional.mpi_sampling import fine_disparities, fixed_disparities, stratified_disparities
 from co3d_ensemble.functional.types import SURFACE_ALPHA, Frame, PinholeCamera, RenderedView
 from co3d_ensemble.plugin.frames import area_average, pinhole_camera
 from co3d_ensemble.plugin.mine_views import SceneMPI, SourceImage, blended_views, camera_distance
 from co3d_ensemble.plugin.source_views import SourceSettings, SourceViews
+
+logger = logging.getLogger(__name__)
 
 LOSSES = {"loss_rgb_target": l1_loss, "loss_ssim_target": ssim_loss}
 
@@ -57,7 +60,8 @@ class MINEModel(ImplicitronModelBase):
         longest_side: photographs are averaged down to it for the network; None: as they come.
         n_sources: photographs that a view is rendered from, see the module.
         foreground: see above.
-        scene_scale: world units per unit of the network, at the start; a buffer, so a checkpoint keeps its own.
+        scene_scale: world units per unit of the network, at the start; a buffer, so a checkpoint keeps its own. None: as the points
+            of the photographs have it that :meth:`set_sources` is given; 1, with a warning, where there are none.
         n_train_target_views: frames of a training batch, its first ones, that are targets.
         loss_weights: of the losses that ``forward`` computes in training.
     """
@@ -81,7 +85,7 @@ class MINEModel(ImplicitronModelBase):
     longest_side: int | None = None
     n_sources: int = 1
     foreground: bool = True
-    scene_scale: float = 1.0
+    scene_scale: float | None = None
     n_train_target_views: int = 1
     loss_weights: dict[str, float] = field(default_factory=lambda: {"loss_rgb_target": 1.0, "loss_ssim_target": 1.0})
     log_vars: list[str] = field(default_factory=lambda: ["loss_rgb_target", "loss_ssim_target", "objective", "epoch", "sec/it"])
@@ -109,17 +113,24 @@ class MINEModel(ImplicitronModelBase):
         if self.checkpoint is not None:
             load_network(self.network, self.checkpoint)
         self.source_views = SourceViews([], kept=0)
-        self.register_buffer("world_unit", torch.tensor(float(self.scene_scale)))
+        self.register_buffer("world_unit", torch.tensor(1.0 if self.scene_scale is None else float(self.scene_scale)))
+        self._told_unit_of: set[str] = set()
         self._stacks: dict[int, SceneMPI] = {}
         self._stacks_of: Any = None
 
-    def set_sources(self, frames: Sequence[Frame], *, kept: int | None = None) -> None:
-        """The photographs that :meth:`render_view` chooses from; they replace earlier ones.
+    def set_sources(self, frames: Sequence[Frame], *, kept: int | None = None, points: Mapping[str, Tensor] | None = None) -> None:
+        """The photographs that :meth:`render_view` chooses from, all of one sequence; they replace earlier ones.
+
+        Where ``scene_scale`` is None, the sequence's unit is fitted to them as in evaluations: by what factor the depths of the
+        points exceed those that the network sees there, the mean of its logarithm over the points and then over the photographs.
 
         Args:
             kept: keep at most so many, as far from each other as possible; None: all.
+            points: sparse points (x, y, z), pixel position and z in world units, of some of the frames, by name, shape (n, 3).
         """
         self.source_views = SourceViews(frames, kept=len(frames) if kept is None else kept).to(self.world_unit.device)
+        if self.scene_scale is None and frames:
+            self._calibrate(frames, points or {})
 
     def forward(
         self,
@@ -254,6 +265,35 @@ class MINEModel(ImplicitronModelBase):
             seen = render_source_view(rgb, sigma, depth, K[None], mode=self.mode)
             rgb = blend_source(rgb, seen.transmittance, image)
         return SceneMPI(rgb, sigma, depth, mask, camera)
+
+    @torch.no_grad()
+    def _calibrate(self, frames: Sequence[Frame], points: Mapping[str, Tensor]) -> None:
+        was_training = self.training
+        self.eval()
+        found = [self._log_unit(frame, points[frame.name]) for frame in frames if frame.name in points]
+        self.train(was_training)
+        logs = [value for value in found if value is not None]
+        self.world_unit.fill_(torch.stack(logs).mean().exp() if logs else 1.0)
+        sequence = frames[0].sequence_name
+        if sequence not in self._told_unit_of and logs:
+            told = "sequence %s: %.4g world units per unit of the network, by the points of %d photographs"
+            logger.info(told, sequence, self.world_unit.item(), len(logs))
+        elif sequence not in self._told_unit_of:
+            told = "sequence %s: no depth and no point cloud to fit the unit of length to: world units are taken for the network's"
+            logger.warning(told + " (scene_scale=1; another number may suit it better)", sequence)
+        self._told_unit_of.add(sequence)
+
+    def _log_unit(self, frame: Frame, points: Tensor) -> Tensor | None:
+        """Logarithm of the world units per unit of the network; None where the network sees nothing at the points."""
+        device = self.world_unit.device
+        stack = self._stack(SourceImage(frame.rgb.to(device).float() / 255, None, frame.camera.to(device)), training=False)
+        K, _, _ = opencv_from_pinhole(stack.camera)
+        seen = render_source_view(stack.rgb, stack.sigma, stack.depth, K[None], mode=self.mode)
+        shrunk = points.new_tensor([stack.camera.width / frame.camera.width, stack.camera.height / frame.camera.height, 1.0])
+        points = (points * shrunk).to(device)[None]
+        disparity, there = values_at_points(seen.disparity, points)
+        counted = points * (there & (disparity > 0))[..., None]
+        return disparity_scale(seen.disparity, counted)[0].log() if counted.any() else None
 
     def _disparities(self, features: ImageFeatures, K: Tensor, *, training: bool) -> Tensor:
         """1 / z of the planes, with the fine ones where there are any, descending, shape (1, N)."""

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from co3d_ensemble.data.co3d import CO3DIndex
-from co3d_ensemble.mine import fewview
+from co3d_ensemble.functional.types import RenderedView
+from co3d_ensemble.mine import co3d_points, fewview
+from co3d_ensemble.mine.co3d_points import read_depth
 from co3d_ensemble.mine.fewview import batches_to_render, export_fewview, model_of_run, render_eval_batches
 from co3d_ensemble.plugin.frames import load_frames
 from co3d_ensemble.plugin.mine_model import build_mine_model
@@ -67,9 +69,11 @@ def test_targets_without_sources_are_named(root):
         batches_to_render(subset)
 
 
-def run_config(**planes):
+def run_config(calibrate_scale=True, **planes):
     network = {"encoder": "resnet18", "encoding": "reference", "n_harmonics": 10, "mode": "sigma", "precision": "float32", "compile": False}
-    return SimpleNamespace(model=SimpleNamespace(**network, **planes), data=SimpleNamespace(height=64, width=96))
+    data = SimpleNamespace(kind="co3d", height=64, width=96)
+    training = SimpleNamespace(calibrate_scale=calibrate_scale)
+    return SimpleNamespace(model=SimpleNamespace(**network, **planes), data=data, training=training)
 
 
 PLANES = {"n_planes": 5, "n_fine_planes": 2, "near_disparity": 2.0, "far_disparity": 0.1, "blend_source": False, "plane_chunk": 4}
@@ -78,10 +82,33 @@ PLANES = {"n_planes": 5, "n_fine_planes": 2, "near_disparity": 2.0, "far_dispari
 def test_the_model_of_a_run_has_its_network_and_its_settings(model, monkeypatch):
     monkeypatch.setattr(fewview, "load_trained_mine", lambda run: (model.network, run_config(**PLANES)))
     loaded = model_of_run("run", n_planes=7)
-    assert loaded.n_fine_planes == 2
+    assert loaded.n_fine_planes == 2 and loaded.scene_scale is None
     assert (loaded.n_planes, loaded.far_disparity, loaded.longest_side, loaded.blend_source) == (7, 0.1, 96, False)
     assert not loaded.training and loaded.network.poolings == 0
     torch.testing.assert_close(dict(loaded.network.state_dict()), dict(model.network.state_dict()))
+
+
+def test_a_run_that_learned_in_the_sequences_own_units_keeps_them(model, monkeypatch):
+    monkeypatch.setattr(fewview, "load_trained_mine", lambda run: (model.network, run_config(calibrate_scale=False, **PLANES)))
+    assert model_of_run("run").scene_scale == 1 and model_of_run("run", scene_scale=2.0).scene_scale == 2
+
+
+def test_each_batch_has_the_unit_of_its_own_sources_and_a_sequence_without_points_is_named(root, model, monkeypatch, caplog):
+    subset, units = CO3DIndex(root).subset("mug", SUBSET), []
+
+    def rendered():
+        return [model.world_unit.item() for _ in render_eval_batches(model, root, subset, device=CPU)]
+
+    monkeypatch.setattr(model, "render_view", lambda camera: RenderedView(*[torch.zeros(1)] * 3))
+    units = rendered()
+    assert len(set(units)) == 2 and all(unit > 0 and unit != 1 for unit in units)
+    # twice the depth, twice the unit
+    monkeypatch.setattr(co3d_points, "read_depth", lambda record: 2 * read_depth(record))
+    assert rendered() == pytest.approx([2 * unit for unit in units])
+    monkeypatch.setattr(co3d_points, "has_depth", lambda record: False)
+    model._told_unit_of.clear()
+    assert rendered() == [1, 1]
+    assert caplog.text.count(f"sequence {subset.targets[0].sequence_name}: no depth and no point cloud") == 1
 
 
 def test_the_script_exports_and_names_what_is_wrong(root, model, tmp_path, monkeypatch, capsys):

@@ -190,6 +190,35 @@ def test_another_unit_of_length_scales_depth_and_nothing_else():
     torch.testing.assert_close(large.depth, 7 * small.depth, atol=1e-2, rtol=1e-3)
 
 
+def test_the_unit_of_length_is_fitted_to_the_points_of_the_photographs(caplog):
+    known, fitted = wall_model(scene_scale=7.0), wall_model(longest_side=28)
+    first, second = camera(), camera(move=(0.2, 0.0, 0.0))
+    frames = []
+    for number, c in enumerate((first, second)):
+        frame = photograph(c, number)
+        grown = PinholeCamera(c.R, 7 * c.T, c.focal, c.principal, height=c.height, width=c.width)
+        frames.append(Frame(frame.name, "s", number, frame.rgb, frame.mask, grown))
+    known.set_sources(frames, points={"s/0": torch.tensor([[10.0, 10.0, 1.0]])})
+    assert known.world_unit == 7  # what is said counts
+    # the network has a wall at WALL everywhere; the mean of logarithms; what lies outside or is no point does not count
+    points = torch.tensor([[WIDTH - 1.0, 10.5, 7 * WALL * 1.1], [20.0, HEIGHT - 1.0, 7 * WALL / 1.1], [WIDTH + 1.0, 3.0, 99.0], [0, 0, 0]])
+    with caplog.at_level("INFO"):
+        fitted.set_sources(frames, points={"s/1": points})
+    assert fitted.world_unit.item() == pytest.approx(7, rel=1e-5) and not fitted.training
+    assert "sequence s: 7 world units per unit of the network, by the points of 1 photographs" in caplog.text
+    fitted.set_sources(frames, points={"s/0": 2 * points[:2] - points[:2] * torch.tensor([1.0, 1.0, 0.0]), "s/1": points})
+    assert fitted.world_unit.item() == pytest.approx(7 * 2**0.5, rel=1e-5)
+
+
+def test_a_sequence_without_points_keeps_the_networks_unit_and_is_named_once(caplog):
+    model = wall_model()
+    for points in (None, {}, {"s/0": torch.tensor([[-1.0, 3.0, 9.0]])}):
+        model.world_unit.fill_(3.0)  # of the sequence before
+        model.set_sources([photograph(SOURCE)], points=points)
+        assert model.world_unit == 1
+    assert caplog.text.count("sequence s: no depth and no point cloud") == 1
+
+
 def test_large_photographs_are_averaged_down_for_the_network():
     model = wall_model(longest_side=28, foreground=False)
     model.set_sources([photograph(SOURCE)])
