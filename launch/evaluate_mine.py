@@ -7,7 +7,8 @@
     python launch/evaluate_mine.py checkpoint=RUN dataset=nyu_depth root=/data/nyu            # depth only; or dataset=ibims
 
 Takes the run's best weights (averaged). Written to <run>/evaluation/<dataset>/results.json: the means, the scores of every
-picture, and the reason wherever there is no value. The same command goes on with an interrupted evaluation.
+picture, the reason wherever there is no value, and whether best.pt was chosen on the very split that is scored (CO3D pairs and
+LLFF have no other; RealEstate10K's validation is a part of it). The same command goes on with an interrupted evaluation.
 
 Exit codes: 0 done, 1 an error that the message explains, 2 wrong arguments, 130 Ctrl-C.
 """

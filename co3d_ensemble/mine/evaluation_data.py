@@ -44,16 +44,10 @@ def open_test_set(dataset: str, settings: Any, run: Any) -> tuple[SourceTasks, S
     Raises:
         ValueError: no root, options that the data set does not have, or what it raises itself.
     """
-    trained_on_it = run.data.kind == dataset
-    module, name, defaults = _PAIRS[dataset]
+    module, name, _ = _PAIRS[dataset]
     data_class = getattr(importlib.import_module(f"co3d_ensemble.mine.{module}"), name)
-    options: dict[str, Any] = {"height": run.data.height, "width": run.data.width, "n_points": run.data.n_points, **defaults}
-    if trained_on_it:
-        options |= _of_the_run(run.data, defaults)
-    if settings.scale == "none":
-        options["n_points"] = 0
-    options |= settings.options
-    root = settings.root or (run.data.root if trained_on_it else None)
+    options = test_options(dataset, settings, run)
+    root = settings.root or (run.data.root if run.data.kind == dataset else None)
     accepted = inspect.signature(data_class).parameters
     unknown = sorted(options.keys() - accepted.keys() | options.keys() & {"root"})
     if unknown:
@@ -70,6 +64,17 @@ def open_test_set(dataset: str, settings: Any, run: Any) -> tuple[SourceTasks, S
         tasks, notes = _clips(pairs, settings)
         return tasks, rules, notes
     return PairTasks(pairs, row=None if dataset in DEPTH_ONLY else rules.row, seed=settings.seed), rules, []
+
+
+def test_options(dataset: str, settings: Any, run: Any) -> dict[str, Any]:
+    """Arguments of the data set's test split, but for its root; see :func:`open_test_set`."""
+    defaults = _PAIRS[dataset][2]
+    options: dict[str, Any] = {"height": run.data.height, "width": run.data.width, "n_points": run.data.n_points, **defaults}
+    if run.data.kind == dataset:
+        options |= _of_the_run(run.data, defaults)
+    if settings.scale == "none":
+        options["n_points"] = 0
+    return options | settings.options
 
 
 def _of_the_run(data: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from co3d_ensemble.functional.depth_metrics import ALIGNMENTS
 from co3d_ensemble.mine.assembly import load_trained_mine
 from co3d_ensemble.mine.clip_pairs import PAIRS_PER_CLIP
 from co3d_ensemble.mine.evaluation import SCALES, PlaneSampling, Record, Scoring, evaluate, summarise
-from co3d_ensemble.mine.evaluation_data import TEST_SETS, open_test_set
+from co3d_ensemble.mine.evaluation_data import TEST_SETS, open_test_set, test_options
 from co3d_ensemble.mine.protocols import ScoreRules, evenly_spread
+from co3d_ensemble.mine.selection import chosen_on_what_is_scored
 from co3d_ensemble.rendering import resolve_device
 
 logger = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class EvaluateConfig:
 def run_evaluation(settings: EvaluateConfig) -> dict[str, Any]:
     """Scores what is not in the results file yet, and returns all that it then has.
 
+    ``checkpoint_chosen_on_what_is_scored`` says whether the weights were chosen by scores on the same split, and so does a note.
     The file appears while the evaluation runs and is whole at any time, with ``complete`` false until all pictures are scored.
 
     Raises:
@@ -103,6 +105,7 @@ def run_evaluation(settings: EvaluateConfig) -> dict[str, Any]:
     dataset = settings.dataset or run.data.kind
     settings = replace(settings, scale=_scale(settings, run, dataset))
     tasks, rules, notes = open_test_set(dataset, settings, run)
+    chosen = chosen_on_what_is_scored(settings, dataset, test_options(dataset, settings, run), run)
     rules = _with_settings(rules, settings)
     lpips, no_lpips = (None, "lpips=null")
     if settings.lpips is not None:
@@ -130,7 +133,8 @@ def run_evaluation(settings: EvaluateConfig) -> dict[str, Any]:
         "settings": decisive,
         "size": [height, width],
         "protocol": _protocol(rules, planes, settings),
-        "notes": notes,
+        "checkpoint_chosen_on_what_is_scored": chosen is not None,
+        "notes": [*notes, *([chosen] if chosen else [])],
     }
     if known:
         logger.info("%s has %d of %d pictures", path, len(known.keys() & set(indices)), len(indices))

@@ -75,6 +75,15 @@ def open_pairs(config: Any) -> tuple[Dataset[Pair], Dataset[Pair]]:
     return splits["training"], splits["validation"]
 
 
+def validation_options(data: Any) -> dict[str, Any]:
+    """Arguments of a run's validation split that its ``MINEDataConfig`` or its kind of data says."""
+    given = (OmegaConf.to_container(group, resolve=True) for group in (data.options, data.val_options))
+    options = dict(_PAIRS[data.kind][3])
+    for group in given:
+        options |= group
+    return options
+
+
 def _check_scenes_apart(train: Any, val: Any) -> None:
     """Generated scenes are known by seed and number."""
     first, last = max(train.first_scene, val.first_scene), min(train.first_scene + train.n_scenes, val.first_scene + val.n_scenes)

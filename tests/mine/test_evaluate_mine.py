@@ -71,6 +71,15 @@ def test_what_a_run_was_trained_and_validated_on_is_not_what_it_is_tested_on():
     assert tasks._dataset.n_scenes == 2
 
 
+def test_a_table_of_what_the_checkpoint_was_chosen_on_says_so(run, tmp_path, capsys):
+    for name, scene, chosen in (("same", 3, True), ("other", 4, False)):
+        assert evaluate(run, tmp_path / name, f"options.first_scene={scene}", "max_pictures=1") == 0
+        results, shown = stored(tmp_path / name), " ".join(capsys.readouterr().out.split())
+        assert results["checkpoint_chosen_on_what_is_scored"] == chosen
+        assert any("best of its run's validations" in note for note in results["notes"]) == chosen
+        assert ("best of its run's validations" in shown) == chosen
+
+
 def test_fixed_planes_give_the_same_scores_again_whatever_the_chunks(run, tmp_path):
     assert evaluate(run, tmp_path / "a", "max_pictures=2") == evaluate(run, tmp_path / "b", "max_pictures=2", "plane_chunk=3") == 0
     first, second = (stored(tmp_path / name)["pictures"] for name in "ab")
