@@ -20,6 +20,7 @@ from co3d_ensemble.fields.radiance_mlp import PRECISIONS
 from co3d_ensemble.fields.resnet_encoder import ResNetEncoder
 
 MODES = ("sigma", "alpha")
+DENSITY_UNITS = ("depth", "disparity")
 SCALES = 4
 STAGES = (256, 128, 64, 32, 16)  # channels of the decoder's stages, coarsest first
 BOTTLENECK = (512, 256)
@@ -63,9 +64,14 @@ class MPINetwork(nn.Module):
         mode: what a plane holds besides colour: ``sigma`` (density) or ``alpha``.
         poolings: how many of the bottleneck's two poolings are done. The reference does both; they leave one pixel of a picture of
             128 x 128, and batch normalisation over one pixel per picture learns little: fewer are for smaller pictures.
-        density_scale: density per world unit that a raw output of 1 stands for, in mode ``sigma``. The reference's 1 suits its
-            units, in which the nearest plane is 1 away, and its long trainings: an output that has to grow to 20, for a surface that
-            is opaque within a few hundredths of a unit, does so by the learning rate times the steps.
+        density_unit: what the network's density counts, in mode ``sigma``; what it returns is density per world unit either way.
+            ``depth``: the absolute value of its output, per world unit, as the reference has it. A surface that is opaque to the next
+            plane then needs an output of 30 where planes stand a tenth of a unit apart, near the camera, and of 0.3 where they are ten
+            units apart. ``disparity``: the softplus of its output, per unit of disparity, of which all neighbouring planes are equally
+            far apart: one scale for near and far, and empty planes are reached without the absolute value's corner. With the planes'
+            ``d = 1 / z`` the two differ by ``|dd / dz| = d^2``.
+        density_scale: density in that unit that an output (``depth``) or a softplus (``disparity``) of 1 stands for. For
+            ``disparity`` about 10 over the range of disparities makes a plane of a dozen half transparent at the start.
         precision: autocast dtype of the convolutions; outputs are float32.
         compile: run the decoder's layers through ``torch.compile`` with dynamic shapes, where planes are not chunked.
 
@@ -83,6 +89,7 @@ class MPINetwork(nn.Module):
         scales: int = SCALES,
         mode: str = "sigma",
         poolings: int = 2,
+        density_unit: str = "depth",
         density_scale: float = 1.0,
         precision: str = "float32",
         compile: bool = False,
@@ -96,10 +103,12 @@ class MPINetwork(nn.Module):
             raise ValueError(f"scales={scales}: must lie in 1 .. {SCALES}")
         if not 0 <= poolings <= 2:
             raise ValueError(f"poolings={poolings}: must be 0, 1 or 2")
+        if density_unit not in DENSITY_UNITS:
+            raise ValueError(f"density_unit={density_unit!r}: expected one of {', '.join(DENSITY_UNITS)}")
         if not density_scale > 0:
             raise ValueError(f"density_scale={density_scale}: must be positive")
         self.n_harmonics, self.encoding, self.scales, self.mode = n_harmonics, encoding, scales, mode
-        self.poolings, self.density_scale = poolings, density_scale
+        self.poolings, self.density_unit, self.density_scale = poolings, density_unit, density_scale
         self.dtype = PRECISIONS[precision]
         width = disparity_encoding_width(n_harmonics, encoding)
         self.encoder = ResNetEncoder(encoder, weights)
@@ -170,8 +179,8 @@ class MPINetwork(nn.Module):
         with self._autocast(disparity):
             terms = self._terms(features, disparity)
             if len(chunks) > 1 and any(layer.bn.training for layer in self.layers):
-                return self._by_layers(terms, chunks, features, n_scales)
-            return self._by_chunks(terms, chunks, features, n_scales)
+                return self._by_layers(terms, chunks, features, disparity, n_scales)
+            return self._by_chunks(terms, chunks, features, disparity, n_scales)
 
     def _terms(self, features: ImageFeatures, disparity: Tensor) -> list[LayerTerms]:
         encoding = disparity_encoding(disparity, self.n_harmonics, self.encoding)
@@ -179,7 +188,9 @@ class MPINetwork(nn.Module):
         terms = [layer.terms(skips.get(i), encoding) for i, layer in enumerate(self.layers)]
         return [own if layer.bn.training else own.scaled(*layer.affine()) for own, layer in zip(terms, self.layers)]
 
-    def _by_chunks(self, terms: list[LayerTerms], chunks: Sequence[slice], features: ImageFeatures, n_scales: int) -> list[MPI]:
+    def _by_chunks(
+        self, terms: list[LayerTerms], chunks: Sequence[slice], features: ImageFeatures, disparity: Tensor, n_scales: int
+    ) -> list[MPI]:
         """Every chunk through all layers."""
         results = _Results(chunks)
         for planes in chunks:
@@ -189,7 +200,7 @@ class MPINetwork(nn.Module):
             else:
                 maps = self._planes(own, planes.stop - planes.start, n_scales)
             for scale, raw in maps.items():
-                results.add(scale, planes, self._activate(raw, scale, planes, features))
+                results.add(scale, planes, self._activate(raw, scale, disparity[:, planes], features))
         return results.joined()
 
     def _forward_planes(self, terms: list[LayerTerms], n_planes: int, n_scales: int) -> dict[int, Tensor]:
@@ -201,7 +212,9 @@ class MPINetwork(nn.Module):
                 outputs[self._scale(i)] = self._head(x, self._scale(i))
         return outputs
 
-    def _by_layers(self, terms: list[LayerTerms], chunks: Sequence[slice], features: ImageFeatures, n_scales: int) -> list[MPI]:
+    def _by_layers(
+        self, terms: list[LayerTerms], chunks: Sequence[slice], features: ImageFeatures, disparity: Tensor, n_scales: int
+    ) -> list[MPI]:
         """Every layer over all chunks; ``sums`` are those of the layer before, with what normalises them."""
         results = _Results(chunks)
         sums: list[Tensor | None] = [None] * len(chunks)
@@ -219,7 +232,7 @@ class MPINetwork(nn.Module):
                 )  # fmt: skip
                 if head is not None:
                     scale = self._scale(i - 1)
-                    results.add(scale, planes, self._activate(head, scale, planes, features))
+                    results.add(scale, planes, self._activate(head, scale, disparity[:, planes], features))
                 sums[number] = z
                 if z is not None:
                     moments.append(found)
@@ -254,15 +267,18 @@ class MPINetwork(nn.Module):
         head = self.heads[scale]
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), head.weight, head.bias)
 
-    def _activate(self, raw: Tensor, scale: int, planes: slice, features: ImageFeatures) -> MPI:
+    def _activate(self, raw: Tensor, scale: int, disparity: Tensor, features: ImageFeatures) -> MPI:
+        """From a head's output (B * n, 4, h, w) for planes at ``disparity`` (B, n)."""
         height, width = (-(-side // 2**scale) for side in (features.height, features.width))
-        raw = raw[..., :height, :width].unflatten(0, (-1, planes.stop - planes.start))
+        raw = raw[..., :height, :width].unflatten(0, (-1, disparity.shape[1]))
         raw = raw if raw.dtype == torch.float64 else raw.float()
-        last = raw[:, :, 3:]
-        rgb = raw[:, :, :3].contiguous().sigmoid()
+        rgb, last = raw[:, :, :3].contiguous().sigmoid(), raw[:, :, 3:].contiguous()
         if self.mode == "alpha":
-            return rgb, last.contiguous().sigmoid()
-        density = last.abs().contiguous()
+            return rgb, last.sigmoid()
+        if self.density_unit == "disparity":
+            per_depth = self.density_scale * disparity.to(raw.dtype).square()
+            return rgb, F.softplus(last) * per_depth[..., None, None, None] + DENSITY_FLOOR
+        density = last.abs()
         return rgb, (density if self.density_scale == 1 else density * self.density_scale) + DENSITY_FLOOR
 
     def _bottleneck(self, x: Tensor) -> Tensor:

@@ -53,6 +53,7 @@ def build_network(model: Any, *, load_weights: bool = True) -> MPINetwork:
         encoding=model.encoding,
         mode=model.mode,
         poolings=model.poolings,
+        density_unit=model.density_unit,
         density_scale=model.density_scale,
         precision=model.precision,
         compile=model.compile,

@@ -53,7 +53,8 @@ class MINEModelConfig:
     n_harmonics: int = setting(10, "octaves of the encoding of the disparity")
     mode: str = setting("sigma", "sigma: density | alpha: opacity per plane")
     poolings: int = setting(2, "poolings of the bottleneck, 0 to 2; the reference's 2 leave one pixel of a picture of 128 x 128")
-    density_scale: float = setting(1.0, "density per world unit that a raw output of 1 stands for; the reference's is 1")
+    density_unit: str = setting("depth", "the network's density is per world unit (the reference's) | disparity: per unit of 1 / depth")
+    density_scale: float = setting(1.0, "density in that unit that an output of 1 stands for; the reference's is 1")
     n_planes: int = setting(32, "planes per picture in training; the same weights render with any number")
     n_fine_planes: int = setting(0, "planes added where a first pass finds surfaces (coarse to fine); 0: off")
     near_disparity: float = setting(1.0, "disparity of the nearest plane, 1 / unit of the scene")
@@ -140,6 +141,7 @@ _CHOICES = {
     "model.encoder": ENCODERS,
     "model.encoding": ("reference", "slides"),
     "model.mode": ("sigma", "alpha"),
+    "model.density_unit": ("depth", "disparity"),
     "model.precision": ("float32", "bfloat16"),
     "training.schedule": ("warmup_cosine", "milestones"),
     "training.resume": ("auto", "never", "restart"),

@@ -40,7 +40,7 @@ def model_of_run(run: Path | str, **settings: Any) -> MINEModel:
     """
     network, config = load_trained_mine(run)
     own = {name: getattr(config.model, name) for name in NETWORK_SETTINGS + PLANE_SETTINGS}
-    own |= {"poolings": network.poolings, "density_scale": network.density_scale}
+    own |= {"poolings": network.poolings, "density_unit": network.density_unit, "density_scale": network.density_scale}
     own |= {"longest_side": max(config.data.height, config.data.width)}
     if config.data.kind == "co3d" and not config.training.calibrate_scale:
         own["scene_scale"] = 1.0  # it was trained in the sequences' own units

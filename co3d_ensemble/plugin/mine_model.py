@@ -73,6 +73,7 @@ class MINEModel(ImplicitronModelBase):
     encoding: str = "reference"
     mode: str = "sigma"
     poolings: int = 2
+    density_unit: str = "depth"
     density_scale: float = 1.0
     precision: str = "float32"
     compile: bool = False
@@ -106,6 +107,7 @@ class MINEModel(ImplicitronModelBase):
             encoding=self.encoding,
             mode=self.mode,
             poolings=self.poolings,
+            density_unit=self.density_unit,
             density_scale=self.density_scale,
             precision=self.precision,
             compile=self.compile,

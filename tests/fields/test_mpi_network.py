@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 
 import pytest
 import torch
@@ -286,10 +287,28 @@ def test_the_density_scale_multiplies_densities_and_nothing_else():
     torch.testing.assert_close(scaled - DENSITY_FLOOR, 10 * (sigma - DENSITY_FLOOR))
 
 
+def test_density_per_unit_of_disparity_is_the_same_opacity_near_and_far():
+    image, disparity = inputs(64, 64, n_planes=3)
+    settings = {"density_unit": "disparity", "density_scale": 5.0}
+    with torch.no_grad():
+        untrained = network(**settings).eval()
+        for head in untrained.heads:
+            head.weight.zero_()
+            head.bias.fill_(0.3)
+        whole = untrained(image, disparity)
+        for rgb, sigma in whole:
+            per_disparity = (sigma[:, :, 0] - DENSITY_FLOOR) / disparity[:, :, None, None].square()
+            torch.testing.assert_close(per_disparity, torch.full_like(per_disparity, 5 * math.log1p(math.exp(0.3))), atol=1e-3, rtol=1e-4)
+            torch.testing.assert_close(rgb, torch.full_like(rgb, 0.3).sigmoid())
+        for (_, sigma), (_, chunked) in zip(whole, untrained(image, disparity, plane_chunk=2)):
+            torch.testing.assert_close(sigma, chunked)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"poolings": 3}, "poolings=3"),
+        ({"density_unit": "metre"}, "density_unit='metre'"),
         ({"density_scale": 0.0}, "density_scale=0.0: must be positive"),
         ({"mode": "depth"}, "mode='depth'"),
         ({"precision": "float16"}, "precision='float16'"),
