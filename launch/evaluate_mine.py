@@ -5,8 +5,10 @@
     python launch/evaluate_mine.py checkpoint=RUN dataset=realestate10k root=/data/re10k pair_list=validation_pairs.json
     python launch/evaluate_mine.py checkpoint=RUN dataset=kitti_raw root=/data/kitti
     python launch/evaluate_mine.py checkpoint=RUN dataset=nyu_depth root=/data/nyu            # depth only; or dataset=ibims
+    python launch/evaluate_mine.py checkpoint=MINE_realestate10k_384x256_monodepth2_N64/checkpoint.pth root=/data/re10k
 
-Takes the run's best weights (averaged). Written to <run>/evaluation/<dataset>/results.json: the means, the scores of every
+Takes the run's best weights (averaged), or a checkpoint file of MINE's authors with its params.yaml beside it (or, without that,
+preset=mine_realestate10k and the like). Written to <run>/evaluation/<dataset>/results.json: the means, the scores of every
 picture, the reason wherever there is no value, and whether best.pt was chosen on the very split that is scored (CO3D pairs and
 LLFF have no other; RealEstate10K's validation is a part of it). The same command goes on with an interrupted evaluation.
 

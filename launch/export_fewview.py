@@ -6,7 +6,8 @@ Each target is rendered from the source frames of its own eval batch. Writes OUT
 dev, results_fewview.json. Settings:
 
     dataset_root=ROOT      CO3Dv2 root folder
-    run=FOLDER             a run of launch/train_mine.py, or one of its checkpoints
+    run=FOLDER             a run of launch/train_mine.py, one of its checkpoints, or MINE's authors' checkpoint file
+    preset=null            file of configs/mine that the authors' checkpoint goes with; null: its params.yaml beside it tells
     output_dir=outputs     where the submission goes
     sequence_set=dev       dev | test
     n_planes=null          planes per picture; null: as in training
@@ -38,6 +39,7 @@ from co3d_ensemble.scripts import run_with_settings
 class FewViewConfig:
     dataset_root: str = MISSING
     run: str = MISSING
+    preset: str | None = None
     output_dir: str = "outputs"
     sequence_set: str = "dev"
     n_planes: int | None = None
@@ -62,7 +64,7 @@ def export(config: FewViewConfig) -> int:
     given = {name: getattr(config, name) for name in ("n_planes", "plane_chunk", "scene_scale") if getattr(config, name) is not None}
     if config.fine_planes is not None:
         given["n_fine_planes"] = config.fine_planes
-    model = model_of_run(config.run, n_sources=config.n_sources, **given)
+    model = model_of_run(config.run, config.preset, n_sources=config.n_sources, **given)
     device = resolve_device(config.device)
     done = export_fewview(model, config.dataset_root, config.output_dir, sequence_set=config.sequence_set, device=device)
     if done["results"] is not None:

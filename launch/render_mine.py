@@ -4,8 +4,9 @@
     python launch/render_mine.py image=photo.jpg checkpoint=outputs/mine/RUN trajectory=spiral planes=64 output_scale=2
     python launch/render_mine.py image=photo.jpg checkpoint=outputs/mine/RUN video=false     # pictures and planes only
 
-Needs a run of launch/train_mine.py; its best weights are used. The photograph passes the network once, every view is rendered
-from its planes. Written to <output_dir>/<name of the photograph>: video.mp4, rgb.png and depth.png (the multiplane image from
+Needs a run of launch/train_mine.py, whose best weights are used, or a checkpoint file of MINE's authors with its params.yaml beside
+it (or preset=mine_realestate10k and the like). The photograph passes the network once, every view is rendered from its planes.
+Written to <output_dir>/<name of the photograph>: video.mp4, rgb.png and depth.png (the multiplane image from
 the photograph's own camera; near red, far blue), mpi/ (an RGBA PNG per plane and mpi.json with camera and conventions) and
 render.json (what was done). The path has no unit of length: amplitude says how far the nearest surface moves.
 

@@ -3,6 +3,7 @@
     python launch/train_mine.py                                                     # generated scenes, needs no data
     python launch/train_mine.py experiment=mine_kitti_384 data.root=/data/kitti_raw output_dir=OUT
     torchrun --nproc_per_node 8 launch/train_mine.py experiment=mine_realestate10k data.root=/data/re10k training.batch_size=32
+    python launch/train_mine.py experiment=mine_realestate10k data.root=/data/re10k model.reference_weights=checkpoint.pth   # finetune
     python launch/train_mine.py experiment=mine_llff --cfg                          # the composed configuration, without running
     python launch/train_mine.py --help                                              # every setting with one line of help
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 _BOTTLENECK = {"conv_down1": "down1", "conv_down2": "down2", "conv_up1": "up1", "conv_up2": "up2"}
 
@@ -37,6 +41,27 @@ def from_reference(checkpoint: Mapping[str, Mapping[str, Tensor]]) -> dict[str, 
             raise ValueError(f"not a checkpoint of MINE's authors: its decoder has an unknown entry {name!r}")
         state[prefixes[theirs] + name.removeprefix(theirs)] = value
     return state
+
+
+def is_reference(saved: Any) -> bool:
+    """Whether a loaded checkpoint is laid out as the authors' are."""
+    return isinstance(saved, Mapping) and "backbone" in saved
+
+
+def load_reference(network: nn.Module, path: Path | str) -> None:
+    """Fills an ``MPINetwork`` from a checkpoint file of the authors.
+
+    Raises:
+        ValueError: naming the file: there is none, it is not theirs, or its network is another one.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read as a checkpoint of MINE's authors: {error}") from error
+    try:
+        network.load_state_dict(from_reference(saved if isinstance(saved, Mapping) else {}))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: is another network's than these settings': {str(error)[:300]}") from error
 
 
 def _decoder_names() -> dict[str, str]:

@@ -7,14 +7,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from co3d_ensemble.fields.mpi_network import MPINetwork
+from co3d_ensemble.fields.mpi_reference_weights import load_reference
 from co3d_ensemble.mine.config import MINEConfig, validate
 from co3d_ensemble.training.checkpoint import Checkpoints, read_checkpoint
 from co3d_ensemble.training.run_directory import RunDirectory
+
+PARAMETERS = "params.yaml"  # what the authors' checkpoints come with
+REFERENCE_PRESETS = {"realestate10k": "mine_realestate10k", "kitti_raw": "mine_kitti_384", "flowers": "mine_flowers", "llff": "mine_llff"}
+REFERENCE_KEYS = {
+    "data.img_h": "data.height",
+    "data.img_w": "data.width",
+    "mpi.num_bins_coarse": "model.n_planes",
+    "mpi.num_bins_fine": "model.n_fine_planes",
+    "mpi.disparity_start": "model.near_disparity",
+    "mpi.disparity_end": "model.far_disparity",
+    "model.pos_encoding_multires": "model.n_harmonics",
+    "training.src_rgb_blending": "model.blend_source",
+}
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
@@ -41,12 +58,16 @@ def run_directory(config: Any) -> Path:
 
 
 def build_network(model: Any, *, load_weights: bool = True) -> MPINetwork:
-    """The untrained network of a ``MINEModelConfig``; weights come from torch's default generator, or the encoder's from its file.
+    """The network of a ``MINEModelConfig`` as training starts from it: weights from torch's default generator, the encoder's from their
+    file where there is one, or all of them from the authors' (``reference_weights``).
 
     Args:
-        load_weights: False where a checkpoint follows, so that the file of the encoder's weights need not be there.
+        load_weights: False where a checkpoint follows, so that these files need not be there.
+
+    Raises:
+        ValueError: a file that cannot be read or is of another network, naming it.
     """
-    return MPINetwork(
+    network = MPINetwork(
         encoder=model.encoder,
         weights=model.weights if load_weights else None,
         n_harmonics=model.n_harmonics,
@@ -58,23 +79,32 @@ def build_network(model: Any, *, load_weights: bool = True) -> MPINetwork:
         precision=model.precision,
         compile=model.compile,
     )
+    if load_weights and model.reference_weights is not None:
+        load_reference(network, model.reference_weights)
+    return network
 
 
-def load_trained_mine(path: Path | str, device: torch.device | str = "cpu") -> tuple[MPINetwork, DictConfig]:
+def load_trained_mine(path: Path | str, device: torch.device | str = "cpu", preset: str | None = None) -> tuple[MPINetwork, DictConfig]:
     """The network of a run's best checkpoint (averaged weights in place, eval mode) and the run's configuration.
 
     Args:
-        path: a run directory, or one of its ``checkpoints/*.pt``.
+        path: a run directory, one of its ``checkpoints/*.pt``, or a checkpoint file of MINE's authors.
+        preset: file of ``configs/mine`` with the sizes and planes of the authors' network; None: as their ``params.yaml`` beside the
+            checkpoint has them.
 
     Raises:
-        ValueError: neither a run of MINE nor a checkpoint in one; CheckpointDamaged (also a ValueError).
+        ValueError: neither a run of MINE nor a checkpoint in one nor the authors'; CheckpointDamaged (also a ValueError).
         FileNotFoundError: a run that has no best checkpoint yet.
     """
     path = Path(path)
-    folder = path if path.is_dir() else path.parent.parent
-    run = RunDirectory(folder)
+    run = RunDirectory(run_of(path))
+    folder = run.path
     if not run.config_path.is_file():
-        raise ValueError(f"{path}: neither a run directory (no {run.config_path.name} in it) nor a checkpoint in one")
+        if not path.is_file():
+            raise ValueError(f"{path}: neither a run directory (no {run.config_path.name} in it) nor a checkpoint in one")
+        return _of_the_authors(path, preset, device)
+    if preset is not None:
+        raise ValueError(f"preset={preset}: {folder} is a run and has settings of its own; a preset goes with the authors' checkpoint")
     stored = run.config
     if OmegaConf.select(stored, "model.near_disparity") is None:
         raise ValueError(f"{folder} holds a run of something else than MINE")
@@ -85,6 +115,51 @@ def load_trained_mine(path: Path | str, device: torch.device | str = "cpu") -> t
     network = build_network(config.model, load_weights=False)
     network.load_state_dict(_weights(saved))
     return network.to(device).eval(), config
+
+
+def run_of(path: Path) -> Path:
+    """The folder that is a run if ``path`` is one or a checkpoint in one."""
+    return path if path.is_dir() else path.parent.parent
+
+
+def _of_the_authors(path: Path, preset: str | None, device: torch.device | str) -> tuple[MPINetwork, DictConfig]:
+    parameters = path.parent / PARAMETERS
+    presets = sorted(file.stem for file in (CONFIG_DIR / "mine").glob("*.yaml"))
+    if preset is None and not parameters.is_file():
+        raise ValueError(
+            f"{path}: neither a run directory nor a checkpoint in one. If it is a file of MINE's authors, put its {PARAMETERS} beside it "
+            "or say which file of configs/mine has its size and planes, such as preset=mine_realestate10k"
+        )
+    if preset is not None and preset not in presets:
+        raise ValueError(f"preset={preset}: expected one of {', '.join(presets)}")
+    overrides = reference_overrides(parameters) if preset is None else [f"experiment={preset}"]
+    try:
+        config = compose_mine([*overrides, "data.root=unknown"])
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ValueError(f"{parameters}: {error}") from error
+    config.data.root = None  # theirs
+    network = build_network(config.model, load_weights=False)
+    load_reference(network, path)
+    return network.to(device).eval(), config
+
+
+def reference_overrides(path: Path) -> list[str]:
+    """The authors' ``params.yaml`` (dotted keys; what it lacks is as in their defaults) as overrides of the preset of its data set.
+
+    Raises:
+        ValueError: not such a file, or a data set that none of the presets is for, naming it.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    name = found.get("data.name") if isinstance(found, dict) else None
+    if name not in REFERENCE_PRESETS:
+        raise ValueError(f"{path}: data.name={name!r}: expected one of {', '.join(REFERENCE_PRESETS)}; or say preset=NAME")
+    given = {ours: found[theirs] for theirs, ours in REFERENCE_KEYS.items() if theirs in found}
+    if "mpi.use_alpha" in found:
+        given["model.mode"] = "alpha" if found["mpi.use_alpha"] else "sigma"
+    return [f"experiment={REFERENCE_PRESETS[name]}", *(f"{key}={value}" for key, value in given.items())]
 
 
 def _weights(saved: dict[str, Any]) -> dict[str, Any]:

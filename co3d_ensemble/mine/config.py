@@ -49,6 +49,7 @@ class MINEDataConfig:
 class MINEModelConfig:
     encoder: str = setting("resnet50", " | ".join(ENCODERS))
     weights: str | None = setting(None, "file with torchvision's weights of the encoder | hub: torch hub's | null: random")
+    reference_weights: str | None = setting(None, "checkpoint file of MINE's authors that training starts from; null: none")
     encoding: str = setting("reference", "reference: disparity and sin/cos(2^k d) | slides: sin/cos(2^k pi d)")
     n_harmonics: int = setting(10, "octaves of the encoding of the disparity")
     mode: str = setting("sigma", "sigma: density | alpha: opacity per plane")
@@ -192,6 +193,7 @@ def validate(config: Any) -> None:
     check_positive(config, _POSITIVE)
     check_ranges(config, _RANGES)
     _check_planes(config.model)
+    _check_reference(config.model)
     _check_schedule(config.training)
     _check_losses(config)
     if config.data.kind != "generated" and config.data.root is None:
@@ -204,6 +206,18 @@ def _check_planes(model: Any) -> None:
     near, far = model.near_disparity, model.far_disparity
     if not near > far:
         raise ValueError(f"model.near_disparity={near}: must be greater than model.far_disparity={far} (a disparity is 1 / z)")
+
+
+def _check_reference(model: Any) -> None:
+    """What the shapes of the authors' weights do not tell; the rest is checked when they are loaded."""
+    if model.reference_weights is None:
+        return
+    if model.weights is not None:
+        raise ValueError(f"model.weights={model.weights}: model.reference_weights has weights of the encoder, too; give one of them")
+    theirs = {"encoding": "reference", "poolings": 2, "density_unit": "depth", "density_scale": 1.0}
+    for name, value in theirs.items():
+        if getattr(model, name) != value:
+            raise ValueError(f"model.{name}={getattr(model, name)}: the network of model.reference_weights has {value}")
 
 
 def _check_schedule(training: Any) -> None:

@@ -19,13 +19,14 @@ from co3d_ensemble.challenge.lpips import BACKBONES, load_lpips
 from co3d_ensemble.config import setting
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.depth_metrics import ALIGNMENTS
-from co3d_ensemble.mine.assembly import load_trained_mine
+from co3d_ensemble.mine.assembly import load_trained_mine, run_of
 from co3d_ensemble.mine.clip_pairs import PAIRS_PER_CLIP
 from co3d_ensemble.mine.evaluation import SCALES, PlaneSampling, Record, Scoring, evaluate, summarise
 from co3d_ensemble.mine.evaluation_data import TEST_SETS, open_test_set, test_options
 from co3d_ensemble.mine.protocols import ScoreRules, evenly_spread
 from co3d_ensemble.mine.selection import chosen_on_what_is_scored
 from co3d_ensemble.rendering import resolve_device
+from co3d_ensemble.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,10 @@ _TRANSLATIONS = {
 
 @dataclass
 class EvaluateConfig:
-    checkpoint: str = setting(MISSING, "run directory of launch/train_mine.py, or one of its checkpoints/*.pt")
+    checkpoint: str = setting(
+        MISSING, "run directory of launch/train_mine.py, one of its checkpoints/*.pt, or a checkpoint file of MINE's authors"
+    )
+    preset: str | None = setting(None, "file of configs/mine that the authors' checkpoint goes with; null: its params.yaml beside it tells")
     dataset: str | None = setting(None, " | ".join(TEST_SETS) + "; null: the one that it was trained on")
     root: str | None = setting(None, "folder of the data set; null: the training's, where that is the data set")
     options: dict[str, Any] = setting({}, "arguments of the data set, over the training's")
@@ -62,7 +66,7 @@ class EvaluateConfig:
     lpips: str | None = setting("vgg", "vgg | alex: backbone of LPIPS; null: off")
     lpips_weights: str | None = setting(None, "file with torchvision's weights of the backbone; null: torch hub's cache")
     plane_chunk: int | None = setting(None, "planes decoded and warped at once, to fit a small card; null: all")
-    output_dir: str | None = setting(None, "folder of results.json; null: <run>/evaluation/<dataset>")
+    output_dir: str | None = setting(None, "folder of results.json; null: <run, or folder of the authors' file>/evaluation/<dataset>")
     restart: bool = setting(False, "discard the results that are there")
     device: str = setting("auto", "auto | cpu | cuda | cuda:N")
 
@@ -101,7 +105,7 @@ def run_evaluation(settings: EvaluateConfig) -> dict[str, Any]:
             and the settings demand.
     """
     device = resolve_device(settings.device)
-    network, run = load_trained_mine(settings.checkpoint, device)
+    network, run = load_trained_mine(settings.checkpoint, device, settings.preset)
     dataset = settings.dataset or run.data.kind
     settings = replace(settings, scale=_scale(settings, run, dataset))
     tasks, rules, notes = open_test_set(dataset, settings, run)
@@ -179,8 +183,9 @@ def _weights_digest(checkpoint: Path) -> str:
 def _output_folder(settings: EvaluateConfig, dataset: str) -> Path:
     if settings.output_dir is not None:
         return Path(settings.output_dir)
-    checkpoint = Path(settings.checkpoint)
-    return (checkpoint if checkpoint.is_dir() else checkpoint.parent.parent) / "evaluation" / dataset
+    run = run_of(Path(settings.checkpoint))
+    folder = run if RunDirectory(run).config_path.is_file() else Path(settings.checkpoint).parent
+    return folder / "evaluation" / dataset
 
 
 def _known(path: Path, decisive: Mapping[str, Any]) -> dict[int, list[Record]]:

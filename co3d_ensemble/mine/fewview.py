@@ -25,11 +25,11 @@ NETWORK_SETTINGS = ("encoder", "encoding", "n_harmonics", "mode", "precision", "
 PLANE_SETTINGS = ("n_planes", "n_fine_planes", "near_disparity", "far_disparity", "blend_source", "plane_chunk")
 
 
-def model_of_run(run: Path | str, **settings: Any) -> MINEModel:
+def model_of_run(run: Path | str, preset: str | None = None, **settings: Any) -> MINEModel:
     """The network of a MINE run's best checkpoint in a ``MINEModel``, in evaluation mode.
 
     Args:
-        run: see ``load_trained_mine``.
+        run, preset: see ``load_trained_mine``.
         settings: of ``MINEModel``, over those of the run (``n_planes``, ``n_sources``, ``scene_scale``, ...). Photographs are
             averaged down to the longest side of the run's training pictures unless ``longest_side`` says otherwise. Without
             ``scene_scale`` the unit of each sequence is fitted to the points of its source frames, unless the run was trained on
@@ -38,7 +38,7 @@ def model_of_run(run: Path | str, **settings: Any) -> MINEModel:
     Raises:
         ValueError, FileNotFoundError: as ``load_trained_mine``; an unknown setting.
     """
-    network, config = load_trained_mine(run)
+    network, config = load_trained_mine(run, "cpu", preset)
     own = {name: getattr(config.model, name) for name in NETWORK_SETTINGS + PLANE_SETTINGS}
     own |= {"poolings": network.poolings, "density_unit": network.density_unit, "density_scale": network.density_scale}
     own |= {"longest_side": max(config.data.height, config.data.width)}

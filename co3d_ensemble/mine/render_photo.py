@@ -43,7 +43,10 @@ LARGEST_AMPLITUDE = 0.25  # of the width: far beyond what one picture can show
 @dataclass
 class RenderConfig:
     image: str = setting(MISSING, "the photograph: any size, EXIF orientation, transparency")
-    checkpoint: str = setting(MISSING, "run directory of launch/train_mine.py, or one of its checkpoints/*.pt")
+    checkpoint: str = setting(
+        MISSING, "run directory of launch/train_mine.py, one of its checkpoints/*.pt, or a checkpoint file of MINE's authors"
+    )
+    preset: str | None = setting(None, "file of configs/mine that the authors' checkpoint goes with; null: its params.yaml beside it tells")
     output_dir: str = setting("outputs/renders", "files go to <output_dir>/<name of the photograph>")
     fov: float | None = setting(None, "horizontal field of view of the photograph, degrees; null: EXIF's, or 60")
     fit: str = setting("whole", "whole: all of the photograph, its aspect kept | crop: its centre | stretch: as the reference does")
@@ -106,7 +109,7 @@ def render_photo(settings: RenderConfig) -> dict[str, Any]:
     image_path = Path(settings.image)
     if not image_path.is_file():
         raise FileNotFoundError(f"{image_path}: no such file")
-    network, run = load_trained_mine(settings.checkpoint, device)
+    network, run = load_trained_mine(settings.checkpoint, device, settings.preset)
     photo = load_photo(
         image_path, height=run.data.height, width=run.data.width, fov=settings.fov, fit=settings.fit, background=settings.background
     )

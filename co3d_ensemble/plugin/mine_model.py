@@ -25,6 +25,7 @@ from pytorch3d.renderer.cameras import PerspectiveCameras
 from torch import Tensor
 
 from co3d_ensemble.fields.mpi_network import ImageFeatures, MPINetwork
+from co3d_ensemble.fields.mpi_reference_weights import is_reference, load_reference
 from co3d_ensemble.functional.cameras import opencv_from_pinhole, relative_pose
 from co3d_ensemble.functional.mpi import blend_source, mean_plane_weights, render_source_view, render_target_view
 from co3d_ensemble.functional.mpi_losses import disparity_scale, l1_loss, ssim_loss, values_at_points
@@ -51,7 +52,7 @@ class MINEModel(ImplicitronModelBase):
     Without, the scene is shown whole and the mask is the opacity.
 
     Settings: those of the network; then
-        checkpoint: ``best.pt`` of a run of MINE, whose network this one starts as.
+        checkpoint: ``best.pt`` of a run of MINE, or a checkpoint of MINE's authors, whose network this one starts as.
         n_planes, near_disparity, far_disparity: the planes, in 1 / the network's unit of length; in evaluation at the centres of
             equal intervals, in training drawn in them.
         n_fine_planes: so many more, where a first pass over those finds surfaces (coarse to fine); 0: off.
@@ -367,7 +368,7 @@ def build_mine_model(**settings: Any) -> MINEModel:
 
 
 def load_network(network: MPINetwork, path: Path | str) -> None:
-    """Fills ``network`` from a checkpoint of MINE's training: its averaged weights, ``{"model": state dict, ...}``.
+    """Fills ``network`` from a checkpoint of MINE's training: its averaged weights, ``{"model": state dict, ...}``; or from its authors'.
 
     Raises:
         ValueError: naming the file: there is none, it is no such checkpoint, or it is another network's.
@@ -376,6 +377,8 @@ def load_network(network: MPINetwork, path: Path | str) -> None:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ValueError(f"checkpoint={path}: cannot be read: {error}") from error
+    if is_reference(saved):
+        return load_reference(network, path)
     state = saved.get("model") if isinstance(saved, dict) else None
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint={path}: is not a best.pt of MINE: it has no state dict under 'model'")

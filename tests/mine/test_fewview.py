@@ -80,7 +80,7 @@ PLANES = {"n_planes": 5, "n_fine_planes": 2, "near_disparity": 2.0, "far_dispari
 
 
 def test_the_model_of_a_run_has_its_network_and_its_settings(model, monkeypatch):
-    monkeypatch.setattr(fewview, "load_trained_mine", lambda run: (model.network, run_config(**PLANES)))
+    monkeypatch.setattr(fewview, "load_trained_mine", lambda *_: (model.network, run_config(**PLANES)))
     loaded = model_of_run("run", n_planes=7)
     assert loaded.n_fine_planes == 2 and loaded.scene_scale is None
     assert (loaded.n_planes, loaded.far_disparity, loaded.longest_side, loaded.blend_source) == (7, 0.1, 96, False)
@@ -89,7 +89,7 @@ def test_the_model_of_a_run_has_its_network_and_its_settings(model, monkeypatch)
 
 
 def test_a_run_that_learned_in_the_sequences_own_units_keeps_them(model, monkeypatch):
-    monkeypatch.setattr(fewview, "load_trained_mine", lambda run: (model.network, run_config(calibrate_scale=False, **PLANES)))
+    monkeypatch.setattr(fewview, "load_trained_mine", lambda *_: (model.network, run_config(calibrate_scale=False, **PLANES)))
     assert model_of_run("run").scene_scale == 1 and model_of_run("run", scene_scale=2.0).scene_scale == 2
 
 
@@ -117,6 +117,6 @@ def test_the_script_exports_and_names_what_is_wrong(root, model, tmp_path, monke
     assert "neither a run directory" in capsys.readouterr().err
     assert export_fewview_script.main([*place, "run=x", "n_sources=0"]) == 2
     assert "n_sources=0" in capsys.readouterr().err
-    monkeypatch.setattr(fewview, "load_trained_mine", lambda run: (model.network, run_config(**PLANES)))
+    monkeypatch.setattr(fewview, "load_trained_mine", lambda *_: (model.network, run_config(**PLANES)))
     assert export_fewview_script.main([*place, "run=x", "n_planes=2", "fine_planes=1"]) == 0
     assert "submission_fewview_dev.hdf5: checked" in capsys.readouterr().out
