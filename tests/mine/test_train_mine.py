@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import signal
+import sys
 
 import pytest
 import torch
 
 from co3d_ensemble.fields.mpi_network import MPINetwork
+from co3d_ensemble.mine import run as run_module
 from co3d_ensemble.mine import task as task_module
 from co3d_ensemble.mine.assembly import compose_mine, load_trained_mine
 from co3d_ensemble.mine.evaluation import score_source
@@ -21,6 +24,7 @@ from co3d_ensemble.mine.training_data import open_pairs
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.records import read_metrics
 from launch import train_mine
+from tests.tiny import Launched
 from tests.training.test_processes import in_two
 
 STEPS = 4
@@ -99,6 +103,71 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, whole, monkeypatch):
     run = tmp_path / "mine" / "mine_generated"
     assert Checkpoints(run / "checkpoints").load_last()["clock"]["step"] == 3 and not (run / "results.json").exists()
     assert train(tmp_path) == 0 and same_weights(run, whole)
+
+
+class LaunchedMine(Launched):
+    """launch/train_mine.py in a process of its own, which may be killed at the ``count``-th time (from 0) of a moment."""
+
+    def __init__(self, arguments, log, *, dies_at=None):
+        context = multiprocessing.get_context("forkserver")
+        self.log = log
+        settings = (list(map(str, arguments)), str(log), dies_at, torch.get_num_threads())  # with others, sums are rounded otherwise
+        self.process = context.Process(target=_train_in_child, args=settings)
+        self.process.start()
+
+
+def _train_in_child(arguments, log, dies_at, threads):
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
+    if dies_at is not None:
+        method, count = dies_at
+        original, calls = getattr(MINETask, method), iter(range(count))
+
+        def dying(*own):
+            if next(calls, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*own)
+
+        setattr(MINETask, method, dying)
+    sys.exit(train_mine.main(arguments))
+
+
+def test_a_run_killed_in_a_step_and_before_a_validation_ends_like_one_that_was_not(tmp_path, whole):
+    arguments, log = overrides(tmp_path, training__checkpoint_every_seconds=0), tmp_path / "log"
+    for moment in (("losses", 1), ("validate", 0)):
+        assert LaunchedMine(arguments, log, dies_at=moment).exit_code(120) == -signal.SIGKILL, log.read_text()
+    run = tmp_path / "mine" / "mine_generated"
+    assert Checkpoints(run / "checkpoints").load_last()["clock"]["step"] == 2 and not (run / "checkpoints" / "best.pt").exists()
+    assert train(tmp_path) == 0 and same_weights(run, whole)
+    best = [Checkpoints(folder / "checkpoints").load_best() for folder in (run, whole)]
+    assert best[0]["step"] == best[1]["step"] and best[0]["metric"] == best[1]["metric"]
+    assert "going on from step 1" in log.read_text() and "Traceback" not in log.read_text() and not list(run.rglob("*.tmp*"))
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_a_second_process_is_refused(tmp_path, capsys):
+    long = {"training__max_steps": 100_000, "training__validate_every": 1.0}
+    metrics = tmp_path / "mine" / "mine_generated" / "metrics.jsonl"
+    process = LaunchedMine(overrides(tmp_path, **long), tmp_path / "log")
+    process.wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 1, 120)
+    assert train(tmp_path, **long) == 1
+    assert f"is in use by process {process.pid} on " in capsys.readouterr().err
+    process.signal(signal.SIGINT)
+    assert process.exit_code(120) == 130
+    log = process.log.read_text()
+    assert "interrupted after" in log and "Traceback" not in log
+    assert Checkpoints(metrics.parent / "checkpoints").load_last()["clock"]["step"] > 1 and not (metrics.parent / "results.json").exists()
+
+
+def test_ctrl_c_before_the_training_is_no_traceback(tmp_path, monkeypatch, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "open_pairs", interrupted)
+    assert train(tmp_path) == 130
+    assert "interrupted: the same command goes on" in capsys.readouterr().err
 
 
 def test_planes_in_chunks_train_as_planes_at_once(tmp_path, whole, monkeypatch):
