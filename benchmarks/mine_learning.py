@@ -1,12 +1,12 @@
 """Does MINE learn? Unseen generated rooms against baselines that learn nothing; rows for planes and smoothness; real photographs.
 
     python benchmarks/mine_learning.py --output OUT --json benchmarks/results/mine_learning_cpu.json
-    python benchmarks/mine_learning.py --output OUT --rows n16        # some rows now, the others later; the report takes what is there
+    python benchmarks/mine_learning.py --output OUT --rows rooms      # some rows now, the others later; the report takes what is there
     python benchmarks/mine_learning.py --output OUT --toy             # tiny, to try the script
 
-Rows: n16 (the bars are its), n16_unsmoothed, n8 and n32 (trained with so many planes), all of the same number of steps, and cape
-(neighbouring photographs of one CO3D sequence, no bar). Every row is a run of launch/train_mine.py under OUT/mine and goes on where it
-was interrupted; its scores lie in OUT/<row>.json. A curve and a picture sheet go beside the result file.
+Rows: rooms (the bars are its); n8, n8_unsmoothed, n16 and n32, trained with so many planes for the same, smaller number of steps; and
+cape (neighbouring photographs of one CO3D sequence, no bar). Bars are for 16 planes. Every row is a run of launch/train_mine.py under
+OUT/mine and goes on where it was interrupted; its scores lie in OUT/<row>.json. A curve and a picture sheet go beside the result file.
 
 Baselines: the source picture as it is; the source warped as one plane; one depth for all pixels. Plane and depth are one value for
 all pictures, chosen on the training pairs; "oracle" is the best per picture. PSNR of all of them, and of MINE, is over the pixels
@@ -53,11 +53,12 @@ from co3d_ensemble.training.records import read_metrics
 from co3d_ensemble.training.run_directory import RunDirectory
 
 UNSEEN = 1_000_000  # index of the first unseen scene; training has 0 .., validation 500,000 ..
-BASE, CAPE = "n16", "cape"
+BASE, CAPE = "rooms", "cape"
 PSNR_GAIN, DEPTH_SHARE, SHUFFLE_CHANGE, MINUTES = 2.0, 0.5, 0.2, 30.0  # the bars
 CANDIDATES = 60  # single depths that are tried
 BASELINE_PAIRS = 200  # training pairs that they are chosen on
-EVALUATED_PLANES = (8, 16, 32)
+SCORED_PLANES = 16  # of the bars and of what is compared
+EVALUATED_PLANES = (8, SCORED_PLANES, 32)
 MORE_PLANES = (64, 256)  # of the base row: the same weights serve any number
 SHOWN = 6
 COLUMNS = ("source", "target", "MINE", "one plane", "depth", "true depth")
@@ -68,7 +69,7 @@ class Row:
     """A training and how it is scored."""
 
     name: str
-    n_planes: int
+    n_planes: int  # in training, drawn anew at every step
     overrides: tuple[str, ...] = ()
     planes: tuple[int, ...] = EVALUATED_PLANES
 
@@ -79,7 +80,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rows", help="comma-separated names: only these (the report takes all that are finished)")
     parser.add_argument("--scenes", type=int, default=600, help="training scenes (default: %(default)s)")
     parser.add_argument("--unseen", type=int, default=20, help="unseen scenes (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2000, help="of every row on generated scenes (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2000, help="of the row with the bars (default: %(default)s)")
+    parser.add_argument("--row-steps", type=int, default=600, help="of each of the other rows on generated scenes (default: %(default)s)")
     parser.add_argument("--cape-steps", type=int, default=600, help="(default: %(default)s)")
     parser.add_argument(
         "--root", type=Path, help="CO3Dv2 root of cape (default: ../shared/data/co3d beside the checkout, else no such row)"
@@ -92,8 +94,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="result file; pictures go beside it (default: OUTPUT/mine_learning.json)")
     arguments = parser.parse_args(argv)
     if arguments.toy:
-        arguments.scenes, arguments.unseen, arguments.steps, arguments.cape_steps = 2, 1, 2, 2
-    for name in ("scenes", "unseen", "steps", "cape_steps"):
+        arguments.scenes, arguments.unseen, arguments.steps, arguments.row_steps, arguments.cape_steps = 2, 1, 2, 2, 2
+    for name in ("scenes", "unseen", "steps", "row_steps", "cape_steps"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return arguments
@@ -103,9 +105,10 @@ def planned_rows(arguments: argparse.Namespace) -> list[Row]:
     """All rows that this machine has the data for."""
     unsmoothed = ("training.loss_weights.loss_smooth_v2_source=null", "training.loss_weights.loss_smooth_v2_target=null")
     rows = [
-        Row(BASE, 16, planes=(*EVALUATED_PLANES, *(() if arguments.toy else MORE_PLANES))),
-        Row("n16_unsmoothed", 16, unsmoothed),
+        Row(BASE, 8, planes=(*EVALUATED_PLANES, *(() if arguments.toy else MORE_PLANES))),
         Row("n8", 8),
+        Row("n8_unsmoothed", 8, unsmoothed),
+        Row("n16", 16),
         Row("n32", 32),
     ]
     root = arguments.root or DEFAULT_ROOT
@@ -123,7 +126,7 @@ def planned_rows(arguments: argparse.Namespace) -> list[Row]:
 
 def row_config(row: Row, arguments: argparse.Namespace) -> Any:
     """The run of a row; one command line would compose the same."""
-    steps = arguments.cape_steps if row.name == CAPE else arguments.steps
+    steps = {BASE: arguments.steps, CAPE: arguments.cape_steps}.get(row.name, arguments.row_steps)
     overrides = list(row.overrides)
     if row.name != CAPE:
         overrides += ["experiment=mine_generated", f"data.train_options.n_scenes={arguments.scenes}"]
@@ -232,7 +235,7 @@ def evaluated(row: Row, config: Any, arguments: argparse.Namespace) -> dict[str,
     result: dict[str, Any] = {"stamp": stamp, "trained_planes": row.n_planes, "baselines": found, "planes": scores}
     if row.name == BASE:
         shuffled = unseen_pairs(row, stored, arguments, shuffle=True)
-        result["shuffled"] = learned(network, stored, shuffled, row.n_planes, found["warp_depth"])
+        result["shuffled"] = learned(network, stored, shuffled, SCORED_PLANES, found["warp_depth"])
     ended = json.loads(run.results_path.read_text())
     validations = [{"step": record["step"], **record["metrics"]} for record in read_metrics(run.metrics_path, "validation")]
     result |= {"minutes": ended["seconds"] / 60, "steps": ended["steps"], "best_step": ended["best_step"], "validations": validations}
@@ -245,7 +248,7 @@ def evaluated(row: Row, config: Any, arguments: argparse.Namespace) -> dict[str,
 def picture_sheet(network: MPINetwork, config: Any, unseen: Dataset[Pair], row: Row, warp_depth: float, path: Path) -> None:
     strips = []
     for pair in items(unseen, SHOWN):
-        stack, rgb, valid = predicted(network, config, pair, row.n_planes)
+        stack, rgb, valid = predicted(network, config, pair, SCORED_PLANES)
         plane, covered = warped(pair, [warp_depth])
         mask = covered[0].float()
         cells = [to_uint8(picture) for picture in (pair.source, pair.target, rgb, plane[0])]
@@ -258,7 +261,7 @@ def picture_sheet(network: MPINetwork, config: Any, unseen: Dataset[Pair], row: 
 
 def judged(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The bars: value, what it must reach, and whether it does."""
-    found, own = base["baselines"], base["planes"][str(base["trained_planes"])]
+    found, own = base["baselines"], base["planes"][str(SCORED_PLANES)]
     gain = own["psnr"] - max(found["psnr_copy"], found["psnr_warp"])
     share = own["abs_rel"] / found["abs_rel_constant"]
     change = abs(base["shuffled"]["abs_rel"] / own["abs_rel"] - 1)
@@ -269,6 +272,10 @@ def judged(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "minutes": (base["minutes"], MINUTES, base["minutes"] <= MINUTES),
     }
     return {name: {"value": value, "bar": bar, "met": met} for name, (value, bar, met) in values.items()}
+
+
+def described(name: str, result: dict[str, Any]) -> str:
+    return f"{name}: {result['steps']} steps with {result['trained_planes']} planes"
 
 
 def number(value: float | None, digits: int) -> str:
@@ -289,14 +296,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 constant, oracle = number(found["abs_rel_constant"], 3), number(found["abs_rel_constant_oracle"], 3)
                 lines.append(f"| {where}: one depth, {number(found['constant_depth'], 2)} (oracle) | | | | {constant} ({oracle}) | | |")
         for n, scores in result["planes"].items():
-            own = n == str(result["trained_planes"])
+            own = n == next(iter(result["planes"]))
             cells = [number(scores["psnr"], 2), number(scores["psnr_valid"], 2), number(scores["abs_rel"], 3), number(scores["delta_1"], 3)]
             minutes = number(result["minutes"], 1) if own else ""
-            lines.append(f"| {name}{'' if own else ', the same weights'} | {n} | {' | '.join(cells)} | {minutes} |")
+            lines.append(f"| {described(name, result) if own else 'the same weights'} | {n} | {' | '.join(cells)} | {minutes} |")
         if "shuffled" in result:
             scores = result["shuffled"]
             cells = [number(scores["psnr"], 2), number(scores["psnr_valid"], 2), number(scores["abs_rel"], 3), number(scores["delta_1"], 3)]
-            lines.append(f"| {name}, looks shuffled | {result['trained_planes']} | {' | '.join(cells)} | |")
+            lines.append(f"| the same weights, looks shuffled | {SCORED_PLANES} | {' | '.join(cells)} | |")
     return "\n".join(lines)
 
 

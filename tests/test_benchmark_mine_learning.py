@@ -17,7 +17,7 @@ def base(psnr: float = 18.5, abs_rel: float = 0.2, shuffled: float = 0.22, minut
     found = {"psnr_copy": 14.0, "psnr_warp": 16.0, "psnr_warp_oracle": 17.0, "abs_rel_constant": 0.5, "abs_rel_constant_oracle": 0.4}
     found |= {"warp_depth": 4.0, "constant_depth": 3.0}
     planes = {"8": scores(10.0, 1.0), "16": scores(psnr, abs_rel)}
-    return {"trained_planes": 16, "baselines": found, "planes": planes, "shuffled": scores(psnr, shuffled), "minutes": minutes}
+    return {"trained_planes": 8, "steps": 5, "baselines": found, "planes": planes, "shuffled": scores(psnr, shuffled), "minutes": minutes}
 
 
 def test_bars_are_met_at_their_edge_and_missed_beyond():
@@ -31,13 +31,13 @@ def test_bars_are_met_at_their_edge_and_missed_beyond():
 
 
 def test_the_table_has_baselines_oracles_and_every_number_of_planes():
-    shown = mine_learning.table({"n16": base()})
+    shown = mine_learning.table({"rooms": base()})
     for part in (
         "14.00",
         "16.00 (17.00)",
         "0.500 (0.400)",
-        "| n16, the same weights | 8 | 10.00",
-        "| n16 | 16 | 18.50",
+        "| rooms: 5 steps with 8 planes | 8 | 10.00",
+        "| the same weights | 16 | 18.50",
         "looks shuffled",
         "20.0 |",
     ):
@@ -46,15 +46,15 @@ def test_the_table_has_baselines_oracles_and_every_number_of_planes():
 
 def test_a_toy_run_reports_and_is_not_repeated(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(mine_learning, "DEFAULT_ROOT", tmp_path)
-    command = ["--output", str(tmp_path / "out"), "--json", str(tmp_path / "result.json"), "--toy", "--rows", "n16", "--override"]
+    command = ["--output", str(tmp_path / "out"), "--json", str(tmp_path / "result.json"), "--toy", "--rows", "rooms", "--override"]
     command += ["training.progress=false"]
     assert mine_learning.main(command) == 0
     first = json.loads((tmp_path / "result.json").read_text())
-    assert list(first["rows"]) == ["n16"] and set(first["bars"]) == set(mine_learning.judged(base()))
-    assert first["rows"]["n16"]["steps"] == 2 and first["rows"]["n16"]["planes"].keys() == {"8", "16", "32"}
-    assert (tmp_path / "result.png").exists() and (tmp_path / "result_n16.png").exists()
+    assert list(first["rows"]) == ["rooms"] and set(first["bars"]) == set(mine_learning.judged(base()))
+    assert first["rows"]["rooms"]["steps"] == 2 and first["rows"]["rooms"]["planes"].keys() == {"8", "16", "32"}
+    assert (tmp_path / "result.png").exists() and (tmp_path / "result_rooms.png").exists()
     monkeypatch.setattr(mine_learning, "learned", None)  # would be called if anything were scored again
     assert mine_learning.main(command) == 0
     assert json.loads((tmp_path / "result.json").read_text())["rows"] == first["rows"]
-    with pytest.raises(ValueError, match="--rows n64: there are n16, n16_unsmoothed, n8, n32"):
+    with pytest.raises(ValueError, match="--rows n64: there are rooms, n8, n8_unsmoothed, n16, n32"):
         mine_learning.main([*command, "--rows", "n64"])
