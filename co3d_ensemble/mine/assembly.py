@@ -144,7 +144,7 @@ def _of_the_authors(path: Path, preset: str | None, device: torch.device | str) 
 
 
 def reference_overrides(path: Path) -> list[str]:
-    """The authors' ``params.yaml`` (dotted keys; what it lacks is as in their defaults) as overrides of the preset of its data set.
+    """The authors' ``params.yaml`` (dotted keys) as overrides of the preset of its data set, which has what the file lacks.
 
     Raises:
         ValueError: not such a file, or a data set that none of the presets is for, naming it.

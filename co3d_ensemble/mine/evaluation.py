@@ -31,6 +31,7 @@ VIEW_METRICS = ("psnr", "ssim", "lpips", "psnr_valid", "valid_share")
 DEPTH_METRICS = tuple(DEPTH_METRIC_NAMES)
 SCALES = ("auto", "points", "none")
 NO_VALID, NO_POINTS, NO_TRUTH = "no pixel that two planes cover", "no sparse points", "no pixel with known depth counts"
+NOT_FINITE = "not finite"
 
 Record = dict[str, Any]
 
@@ -122,7 +123,7 @@ def _scale(stack: PlaneStack, task: SourceTask, wanted: str) -> tuple[float, str
 
 
 def score_view(stack: PlaneStack, pair: Pair, *, scoring: Scoring, scale: float = 1.0, plane_chunk: int | None = None) -> Record:
-    """Scores of one view of a stack.
+    """Scores of one view of a stack; all of its colours' are NaN where one of them is not finite.
 
     Args:
         scale: by how much larger the stack's disparities are than the pair's unit has them; divides the translation.
@@ -134,8 +135,10 @@ def score_view(stack: PlaneStack, pair: Pair, *, scoring: Scoring, scale: float 
     valid = view.valid[0, :, rows, columns].float()
     record: Record = {name: None for name in VIEW_METRICS}
     reasons: dict[str, str] = {}
-    record["psnr"] = psnr_full_image(predicted, truth).item()
     record["valid_share"] = valid.mean().item()
+    if not torch.isfinite(predicted).all():  # what the metrics refuse to score
+        return {**record, **dict.fromkeys(("psnr", "ssim", "lpips", "psnr_valid"), math.nan), "scale": scale, "reasons": reasons}
+    record["psnr"] = psnr_full_image(predicted, truth).item()
     if valid.any():
         record["psnr_valid"] = psnr_fg(predicted, truth, valid).item()
     else:
@@ -156,7 +159,7 @@ def score_view(stack: PlaneStack, pair: Pair, *, scoring: Scoring, scale: float 
 def score_depth(stack: PlaneStack, task: SourceTask, rules: ScoreRules) -> Record:
     """Depth metrics of the source view; predicted disparity is resized bilinearly to the truth's size.
 
-    Pixels that no plane covers (in mode alpha) count as being on the farthest plane.
+    Pixels that no plane covers (in mode alpha) count as being on the farthest plane; where a density is not finite all metrics are NaN.
     """
     truth = task.depth.to(stack.rgb)
     mask = None if task.depth_mask is None else task.depth_mask.to(stack.rgb.device)
@@ -166,6 +169,8 @@ def score_depth(stack: PlaneStack, task: SourceTask, rules: ScoreRules) -> Recor
     counts = truth > 0 if mask is None else (truth > 0) & (mask > 0)
     if not (counts & torch.isfinite(truth) & (truth > rules.min_depth) & (truth < rules.max_depth)).any():
         return {**dict.fromkeys(DEPTH_METRICS), "scale": None, "reasons": dict.fromkeys(DEPTH_METRICS, NO_TRUTH)}
+    if not torch.isfinite(stack.sigma).all():
+        return {**dict.fromkeys(DEPTH_METRICS, math.nan), "scale": None, "reasons": {}}
     limits = {"min_depth": rules.min_depth, "max_depth": rules.max_depth}
     values = depth_metrics(disparity[0].reciprocal(), truth, mask, align=rules.depth_alignment, **limits)
     return {**values, "reasons": {}}
@@ -174,7 +179,8 @@ def score_depth(stack: PlaneStack, task: SourceTask, rules: ScoreRules) -> Recor
 def summarise(records: Sequence[Record]) -> dict[str, dict[str, Record]]:
     """``{row: {planes: means}}`` in the order of the records; each with ``n``, the number of pictures, and ``reasons``.
 
-    A metric's mean is over the pictures that have it; where none has it it is None and its reason is that of the first.
+    A metric's mean is over the pictures that have it; where none has it it is None and its reason is that of the first. It is None,
+    too, where a picture's is not finite: the mean of the others would not be the network's.
     """
     groups: dict[str, dict[str, list[Record]]] = {}
     for record in records:
@@ -189,7 +195,10 @@ def _means(members: Sequence[Record], row: str) -> Record:
         values = [record[metric] for record in members if record[metric] is not None]
         means[metric] = math.fsum(values) / len(values) if values else None
         lacking = [record["reasons"].get(metric, "no value") for record in members if record[metric] is None]
-        if lacking and values:
+        broken = [record["name"] for record in members if record["reasons"].get(metric) == NOT_FINITE]
+        if broken:
+            means[metric], reasons[metric] = None, f"{len(broken)} of {len(members)} {NOT_FINITE}, such as {broken[0]}"
+        elif lacking and values:
             reasons[metric] = f"mean over {len(values)} of {len(members)}, the others have {lacking[0]}"
         elif lacking:
             reasons[metric] = lacking[0]
@@ -197,6 +206,12 @@ def _means(members: Sequence[Record], row: str) -> Record:
     if unscaled:
         reasons["scale"] = f"translations of {len(unscaled)} of {len(members)} are not scaled: {unscaled[0]}"
     return {**means, "n": len(members), "reasons": reasons}
+
+
+def _without_non_finite(record: Record) -> Record:
+    """A record that JSON can hold: metrics that are not finite are None and say so."""
+    broken = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value) and name != "scale"]
+    return {**record, **dict.fromkeys(broken), "reasons": {**record["reasons"], **dict.fromkeys(broken, NOT_FINITE)}}
 
 
 def evaluate(
@@ -219,6 +234,7 @@ def evaluate(
     known = dict(known or {})
     for index in indices:
         if index not in known:
-            known[index] = list(score_source(network, tasks[index], index, planes=planes, scoring=scoring))
+            scored = score_source(network, tasks[index], index, planes=planes, scoring=scoring)
+            known[index] = [_without_non_finite(record) for record in scored]
             keep(index, known[index])
     return [record for index in indices for record in known[index]]

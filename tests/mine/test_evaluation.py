@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -247,3 +248,21 @@ def test_known_records_are_not_computed_again_and_the_order_is_the_same():
     assert network.encoded == 3 and [record["name"] for record in whole] == ["scene/0", "scene/1", "scene/2"] and sorted(kept) == [0, 1, 2]
     again = evaluate(network, tasks, [0, 1, 2], known={0: kept[0], 2: kept[2]}, **how)
     assert again == whole and network.encoded == 4
+
+
+def test_a_score_that_is_no_number_leaves_its_mean_out_and_says_so():
+    class Broken(KnownNetwork):
+        def decode(self, features, disparity, **how):
+            ((rgb, sigma),) = super().decode(features, disparity, **how)
+            return [(rgb, sigma * torch.nan if len(kept) == 1 else sigma)]
+
+    kept = []
+    task = task_of(pair_of(opaque_stack()), depth=torch.full((1, 24, 32), 2.0))
+    planes = PlaneSampling((2,), 1.0, 0.25)
+    records = evaluate(Broken(), [task] * 3, [0, 1, 2], planes=planes, scoring=PLAIN, keep=lambda index, own: kept.append(own))
+    assert [record["psnr"] is None for record in records[::2]] == [False, True, False]
+    assert records[2]["reasons"]["psnr"] == records[3]["reasons"]["abs_rel"] == "not finite" and json.dumps(records, allow_nan=False)
+    means = summarise(records)
+    for row, metric in (("pairs", "psnr"), ("pairs", "psnr_valid"), ("depth", "abs_rel")):
+        assert means[row]["2"][metric] is None and means[row]["2"]["reasons"][metric] == "1 of 3 not finite, such as scene/0->1"
+    assert means["pairs"]["2"]["valid_share"] > 0
