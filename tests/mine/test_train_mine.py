@@ -183,7 +183,7 @@ def test_planes_in_chunks_train_as_planes_at_once(tmp_path, whole, monkeypatch):
     ("key", "value", "told"),
     [
         ("training.lr_decoder", 0.5, "0.001 in the run, 0.5 now"),
-        ("evaluation.n_planes", 5, "None in the run, 5 now"),  # best.pt was chosen by scores at other planes
+        ("evaluation.n_planes", 5, "16 in the run, 5 now"),  # best.pt was chosen by scores at other planes
         ("evaluation.sampling", "stratified", "'fixed' in the run, 'stratified' now"),
     ],
 )
