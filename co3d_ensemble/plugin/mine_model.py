@@ -10,11 +10,8 @@ so nothing is blurred where two multiplane images disagree about depth.
 
 from __future__ import annotations
 
-import logging
-import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import field
-from pathlib import Path
+from dataclasses import field, fields
 from typing import Any
 
 import torch
@@ -24,18 +21,15 @@ from pytorch3d.implicitron.tools.config import expand_args_fields, get_default_a
 from pytorch3d.renderer.cameras import PerspectiveCameras
 from torch import Tensor
 
-from co3d_ensemble.fields.mpi_network import ImageFeatures, MPINetwork
-from co3d_ensemble.fields.mpi_reference_weights import is_reference, load_reference
-from co3d_ensemble.functional.cameras import opencv_from_pinhole, relative_pose
-from co3d_ensemble.functional.mpi import blend_source, mean_plane_weights, render_source_view, render_target_view
-from co3d_ensemble.functional.mpi_losses import disparity_scale, l1_loss, ssim_loss, values_at_points
-from co3d_ensemble.functional.mpi_sampling import fine_disparities, fixed_disparities, stratified_disparities
-from co3d_ensemble.functional.types import SURFACE_ALPHA, Frame, PinholeCamera, RenderedView
-from co3d_ensemble.plugin.frames import area_average, pinhole_camera
-from co3d_ensemble.plugin.mine_views import SceneMPI, SourceImage, blended_views, camera_distance
+from co3d_ensemble.fields.mpi_network import MPINetwork
+from co3d_ensemble.functional.mpi_losses import l1_loss, ssim_loss
+from co3d_ensemble.functional.mpi_sampling import fixed_disparities
+from co3d_ensemble.functional.types import Frame, PinholeCamera, RenderedView
+from co3d_ensemble.plugin.frames import pinhole_camera
+from co3d_ensemble.plugin.mine_planes import PlaneSettings, load_network, scene_mpi
+from co3d_ensemble.plugin.mine_unit import frame_source, log_unit, tell_unit
+from co3d_ensemble.plugin.mine_views import SceneMPI, SourceImage, blended_views, nearest_sources, view_of_scene
 from co3d_ensemble.plugin.source_views import SourceSettings, SourceViews
-
-logger = logging.getLogger(__name__)
 
 LOSSES = {"loss_rgb_target": l1_loss, "loss_ssim_target": ssim_loss}
 
@@ -244,70 +238,29 @@ class MINEModel(ImplicitronModelBase):
         if not available:
             raise ValueError("no photograph to render from: give source views behind the target, call set_sources, or load a state")
         middle = self.world_unit * 2 / (self.near_disparity + self.far_disparity)
-        distances = torch.stack([camera_distance(source, camera, middle) for source in available])
-        chosen = distances.argsort(stable=True)[: self.n_sources]
-        weights = torch.exp(-distances[chosen] / distances[chosen[0]].clamp_min(torch.finfo(distances.dtype).tiny))
-        stacks = self._own_stacks(chosen.tolist()) if own else [self._stack(sources[i], training=training) for i in chosen.tolist()]
-        rendered = [self._view(stack, camera, foreground=self.foreground and not training) for stack in stacks]
-        return blended_views(rendered, weights / weights.sum())
+        chosen, weights = nearest_sources(available, camera, self.n_sources, depth=middle)
+        stacks = self._own_stacks(chosen) if own else [self._stack(sources[i], training=training) for i in chosen]
+        settings = {"unit": self.world_unit, "mode": self.mode, "foreground": self.foreground and not training}
+        rendered = [view_of_scene(stack, camera, **settings) for stack in stacks]
+        return blended_views(rendered, weights)
 
-    def _stack(self, source: SourceImage, *, training: bool) -> SceneMPI:
-        """One pass of encoder and decoder."""
-        height, width = source.camera.height, source.camera.width
-        scale = 1.0 if self.longest_side is None else min(1.0, self.longest_side / max(height, width))
-        size = max(1, round(height * scale)), max(1, round(width * scale))
-        camera = source.camera.resized(*size)
-        rgb_mask = [part if part is None or size == (height, width) else area_average(part, *size) for part in (source.rgb, source.mask)]
-        image, mask = (None if part is None else part[None] for part in rgb_mask)
-        K, _, _ = opencv_from_pinhole(camera)
-        features = self.network.encode(image)
-        disparity = self._disparities(features, K, training=training)
-        ((rgb, sigma),) = self.network.decode(features, disparity, plane_chunk=self.plane_chunk, n_scales=1)
-        depth = disparity.reciprocal()
-        if self.blend_source:
-            seen = render_source_view(rgb, sigma, depth, K[None], mode=self.mode)
-            rgb = blend_source(rgb, seen.transmittance, image)
-        return SceneMPI(rgb, sigma, depth, mask, camera)
+    def _stack(self, source: SourceImage, *, training: bool = False) -> SceneMPI:
+        settings = PlaneSettings(**{entry.name: getattr(self, entry.name) for entry in fields(PlaneSettings)})
+        return scene_mpi(self.network, source, settings, training=training)
 
     @torch.no_grad()
     def _calibrate(self, frames: Sequence[Frame], points: Mapping[str, Tensor]) -> None:
         was_training = self.training
         self.eval()
-        found = [self._log_unit(frame, points[frame.name]) for frame in frames if frame.name in points]
+        device, seen = self.world_unit.device, [frame for frame in frames if frame.name in points]
+        found = [log_unit(self._stack(frame_source(f, device)), f.camera, points[f.name], mode=self.mode) for f in seen]
         self.train(was_training)
         logs = [value for value in found if value is not None]
         self.world_unit.fill_(torch.stack(logs).mean().exp() if logs else 1.0)
         sequence = frames[0].sequence_name
-        if sequence not in self._told_unit_of and logs:
-            told = "sequence %s: %.4g world units per unit of the network, by the points of %d photographs"
-            logger.info(told, sequence, self.world_unit.item(), len(logs))
-        elif sequence not in self._told_unit_of:
-            told = "sequence %s: no depth and no point cloud to fit the unit of length to: world units are taken for the network's"
-            logger.warning(told + " (scene_scale=1; another number may suit it better)", sequence)
-        self._told_unit_of.add(sequence)
-
-    def _log_unit(self, frame: Frame, points: Tensor) -> Tensor | None:
-        """Logarithm of the world units per unit of the network; None where the network sees nothing at the points."""
-        device = self.world_unit.device
-        stack = self._stack(SourceImage(frame.rgb.to(device).float() / 255, None, frame.camera.to(device)), training=False)
-        K, _, _ = opencv_from_pinhole(stack.camera)
-        seen = render_source_view(stack.rgb, stack.sigma, stack.depth, K[None], mode=self.mode)
-        shrunk = points.new_tensor([stack.camera.width / frame.camera.width, stack.camera.height / frame.camera.height, 1.0])
-        points = (points * shrunk).to(device)[None]
-        disparity, there = values_at_points(seen.disparity, points)
-        counted = points * (there & (disparity > 0))[..., None]
-        return disparity_scale(seen.disparity, counted)[0].log() if counted.any() else None
-
-    def _disparities(self, features: ImageFeatures, K: Tensor, *, training: bool) -> Tensor:
-        """1 / z of the planes, with the fine ones where there are any, descending, shape (1, N)."""
-        draw = stratified_disparities if training else fixed_disparities
-        disparity = draw(self.n_planes, self.near_disparity, self.far_disparity, batch=1, device=K.device)
-        if not self.n_fine_planes:
-            return disparity
-        with torch.no_grad():
-            ((rgb, sigma),) = self.network.decode(features, disparity, plane_chunk=self.plane_chunk, n_scales=1)
-            seen = render_source_view(rgb, sigma, disparity.reciprocal(), K[None], mode=self.mode)
-            return fine_disparities(disparity, mean_plane_weights(seen), self.n_fine_planes, perturb=training)
+        if sequence not in self._told_unit_of:
+            tell_unit(sequence, self.world_unit.item(), n_photographs=len(logs))
+            self._told_unit_of.add(sequence)
 
     def _own_stacks(self, chosen: Sequence[int]) -> list[SceneMPI]:
         """Of the model's photographs; those of the last call are used again while neither weights nor photographs changed."""
@@ -319,34 +272,8 @@ class MINEModel(ImplicitronModelBase):
         for index in chosen:
             if index not in self._stacks:
                 rgb, mask = (self.source_views.rgb[index].float() / 255, self.source_views.mask[index].float() / 255)
-                self._stacks[index] = self._stack(SourceImage(rgb, mask, self.source_views.camera(index)), training=False)
+                self._stacks[index] = self._stack(SourceImage(rgb, mask, self.source_views.camera(index)))
         return [self._stacks[index] for index in chosen]
-
-    def _view(self, stack: SceneMPI, camera: PinholeCamera, *, foreground: bool) -> tuple[RenderedView, Tensor]:
-        K_source, R_source, t_source = opencv_from_pinhole(stack.camera)
-        K_target, R_target, t_target = opencv_from_pinhole(camera)
-        R, t = relative_pose(R_source, t_source, R_target, t_target)
-        geometry = {
-            "K_source": K_source[None],
-            "K_target": K_target[None],
-            "R": R[None],
-            "t": t[None] / self.world_unit,
-            "height": camera.height,
-            "width": camera.width,
-            "mode": self.mode,
-        }
-        rgb = stack.rgb
-        masked = foreground and stack.mask is not None
-        if masked:
-            rgb = rgb * stack.mask[:, None]
-        view = render_target_view(rgb, stack.sigma, stack.depth, **geometry)
-        mask = view.alpha
-        if masked:
-            on_planes = stack.mask[:, None].expand(-1, rgb.shape[1], 3, -1, -1)
-            mask = render_target_view(on_planes, stack.sigma, stack.depth, **geometry).rgb[:, :1]
-        mask = mask.clamp(0, 1)
-        depth = torch.where(mask > SURFACE_ALPHA, view.depth * self.world_unit, 0)
-        return RenderedView(rgb=view.rgb.clamp(0, 1)[0], depth=depth[0], mask=mask[0]), view.valid[0]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._stacks, self._stacks_of = {}, None  # they would stay behind on the old device
@@ -365,24 +292,3 @@ def build_mine_model(**settings: Any) -> MINEModel:
     if unknown:
         raise ValueError(f"MINEModel has no setting {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
     return MINEModel(**settings)
-
-
-def load_network(network: MPINetwork, path: Path | str) -> None:
-    """Fills ``network`` from a checkpoint of MINE's training: its averaged weights, ``{"model": state dict, ...}``; or from its authors'.
-
-    Raises:
-        ValueError: naming the file: there is none, it is no such checkpoint, or it is another network's.
-    """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"checkpoint={path}: cannot be read: {error}") from error
-    if is_reference(saved):
-        return load_reference(network, path)
-    state = saved.get("model") if isinstance(saved, dict) else None
-    if not isinstance(state, dict):
-        raise ValueError(f"checkpoint={path}: is not a best.pt of MINE: it has no state dict under 'model'")
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint={path}: is another network's than these settings': {str(error)[:300]}") from error
