@@ -33,6 +33,7 @@ _NERF_FULL_RGB = (
     f"++{_WEIGHT}.loss_prev_stage_rgb=1.0",
 )
 _TENSORF_FULL_RGB = (f"{_WEIGHT}.loss_roi_rgb=null", f"++{_WEIGHT}.loss_rgb=1.0")
+_TENSORF_BOTH_RGB = (f"++{_WEIGHT}.loss_rgb=1.0",)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,10 @@ class Row:
     def recipe(self) -> list[str]:
         """Overrides on top of the preset's recipe."""
         return [*(override for part in self.without for override in SWITCHES[part]), *self.overrides]
+
+
+def _factor_weights(loss: str, weight: float) -> tuple[str, ...]:
+    return tuple(f"{_WEIGHT}.loss_{loss}_{factor}={weight}" for factor in ("density", "appearance"))
 
 
 def _jitter(mode: str) -> tuple[str, ...]:
@@ -113,6 +118,19 @@ ROWS = (
         overrides=_NERF_FULL_RGB,
         optional=True,
     ),
+    Row(
+        "nerf_entropy_x100",
+        "nerf",
+        "nerf_entropy",
+        "sample entropy, weight x 100",
+        without=("jitter",),
+        overrides=(f"{_WEIGHT}.loss_sample_entropy=1e-3",),
+        optional=True,
+    ),
+    Row("tensorf_tv_x10", "tensorf", "tensorf", "TV, weights x 10", overrides=_factor_weights("tv", 10.0), optional=True),
+    Row("tensorf_l1_x10", "tensorf", "tensorf", "L1, weights x 10", overrides=_factor_weights("l1", 5e-4), optional=True),
+    Row("tensorf_both_rgb", "tensorf", "tensorf", "RGB of the ROI and of whole pictures", overrides=_TENSORF_BOTH_RGB, optional=True),
+    Row("tensorf_no_bce_no_l1", "tensorf", "tensorf_no_bce", "- L1 as well", without=("bce", "l1"), optional=True),
     Row("tensorf_no_entropy", "tensorf", "tensorf", "- sample entropy", without=("entropy",), optional=True),
     Row("tensorf_no_ema_warmup", "tensorf", "tensorf", "- EMA and warm-up", without=("ema", "warmup"), optional=True),
     Row(

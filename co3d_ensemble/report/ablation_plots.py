@@ -14,11 +14,15 @@ from matplotlib.figure import Figure
 from co3d_ensemble.files import write_bytes_atomic
 from co3d_ensemble.report.ablation_table import RowScores, differences
 
+LINEAR_DB = 0.1
+
 Curve = Sequence[tuple[float, float]]  # (share of the run's steps, value)
 
 
 def plot_differences(rows: Sequence[RowScores], path: Path) -> Path | None:
-    """psnr_masked of every row against the one it builds on: a dot per cell, the mean with its interval over sequences.
+    """psnr_masked of every row against the one it builds on: a dot per cell, the mean with its intervals.
+
+    The axis is linear up to ``LINEAR_DB`` and logarithmic beyond: parts are worth hundredths of a dB, or ten.
 
     Returns:
         ``path``, or None where no two rows can be compared yet.
@@ -41,9 +45,14 @@ def plot_differences(rows: Sequence[RowScores], path: Path) -> Path | None:
                 ends = (interval.mean - interval.half_width, interval.mean + interval.half_width)
                 axes.plot(ends, (height, height), "-", color="black", linewidth=width, alpha=alpha, zorder=1)
         axes.plot(one.over_cells.mean, height, "D", color="black", markersize=5)
+        axes.annotate(f"{one.over_cells.mean:+.2f}", (1.01, height), xycoords=("axes fraction", "data"), va="center", fontsize=8)
     axes.axvline(0.0, color="grey", linewidth=0.8)
+    axes.set_xscale("symlog", linthresh=LINEAR_DB, linscale=1.5, subs=range(2, 10))
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yticks(range(len(shown)), [f"{row.what}  ({row.name})" for row in reversed(shown)], fontsize=8)
-    axes.set_xlabel("psnr_masked minus that of the row it builds on, dB\ndots: cells; thick: 95 % over cells; thin: 95 % over sequences")
+    axes.set_xlabel(
+        "psnr_masked minus that of the row it builds on, dB\ndots: cells; numbers: means; thick: 95 % over cells; thin: over sequences"
+    )
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=7)
     return _save(figure, path)
