@@ -14,7 +14,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from co3d_ensemble.config import ExperimentConfig, ImplicitronModelConfig, ModelConfig, validate
+from co3d_ensemble.config import ExperimentConfig, ImplicitronModelConfig, ModelConfig
+from co3d_ensemble.config_checks import validate
 from co3d_ensemble.data.audit import audit_subset, hold_out, usable_frames
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
 from co3d_ensemble.data.ray_bank import RayBank

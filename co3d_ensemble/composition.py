@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from co3d_ensemble.assembly import CONFIG_DIR, compose_experiment
-from co3d_ensemble.config import EnsembleConfig, validate, validate_ensemble
+from co3d_ensemble.config import EnsembleConfig
+from co3d_ensemble.config_checks import validate, validate_ensemble
 from co3d_ensemble.scripts import first_line
 
 PLACE = ("dataset_root", "category", "subset_name", "output_dir", "device")  # what an ensemble and its members have in common

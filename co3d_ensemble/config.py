@@ -2,28 +2,18 @@
 
 Plain dataclasses, so that Hydra rejects unknown keys and wrong types by name. The defaults are the published recipe
 (CO3D many-view solution, "Training Parameters") where the slides give a figure; files in ``configs/experiment`` hold
-only what differs. ``validate`` checks what types cannot.
+only what differs. ``config_checks.py`` checks what types cannot.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
-
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with a line of help; mutable defaults are copied per instance."""
-    metadata = {"help": help}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+from co3d_ensemble.settings import setting
 
 
 @dataclass(eq=False)  # its component is a module, and modules hash by identity
@@ -266,8 +256,6 @@ class EnsembleConfig:
     fusion: FusionConfig = setting(FusionConfig, "how the members are fused")
 
 
-MIN_COARSE_SAMPLES = 3  # importance sampling drops the first and the last
-
 # Keys that cannot change the result: a resumed run may differ in them.
 FREE_KEYS = (
     "dataset_root",
@@ -281,222 +269,3 @@ FREE_KEYS = (
     "rendering.chunk_rays",
     "rendering.all_targets",
 )
-
-_CHOICES = {
-    "model.kind": ("nerf", "tensorf", "implicitron"),
-    "model.tensorf.precision": ("float32", "bfloat16"),
-    "model.tensorf.tv_normalization": ("content", "reference"),
-    "model.grid.moments": ("map", "reset"),
-    "model.nerf.density_activation": ("relu", "softplus"),
-    "model.nerf.precision": ("float32", "bfloat16"),
-    "model.implicitron.precision": ("float32", "bfloat16"),
-    "model.camera_jitter.mode": ("off", "view_direction", "fixed_gauge", "extrinsics"),
-    "data.bounds.mode": ("visual_hull", "near_far"),
-    "training.schedule": ("warmup_cosine", "steps"),
-    "training.resume": ("auto", "never", "restart"),
-}
-_POSITIVE = (
-    "training.max_steps",
-    "training.n_rays",
-    "training.lr",
-    "training.log_every",
-    "rendering.chunk_rays",
-    "model.occupancy.resolution",
-    "model.nerf.n_layers",
-    "model.nerf.n_hidden",
-    "model.tensorf.n_density",
-    "model.tensorf.n_appearance",
-    "model.tensorf.n_features",
-    "model.tensorf.n_hidden",
-    "model.tensorf.distance_scale",
-    "model.tensorf.init_std",
-    "data.min_known_frames",
-)
-
-# allowed interval as people write it; where the type allows null, null is allowed as well
-LOOP_RANGES = {
-    "training.budget_minutes": "(0, inf)",
-    "training.lr_final": "[0, 1]",
-    "training.warmup": "[0, 1)",
-    "training.ramp": "[0, 1]",
-    "training.clip_grad_norm": "(0, inf)",
-    "training.ema_horizon": "(0, inf)",
-    "training.validate_every": "(0, 1]",
-    "training.early_stopping_patience": "[1, inf)",
-    "training.checkpoint_every_seconds": "[0, inf)",
-}
-_RANGES = {
-    "data.val_share": "(0, 1)",
-    "data.longest_side": "[8, inf)",
-    "data.max_val_frames": "[1, inf)",
-    "data.bounds.hull_tolerance": "[0, 1)",
-    "data.bounds.hull_margin": "[0, inf)",
-    "model.occupancy.refine_from": "[0, 1]",
-    "model.occupancy.refine_every": "(0, 1]",
-    "model.occupancy.decay": "[0, 1)",
-    "model.occupancy.opacity_threshold": "(0, 1)",
-    "model.renderer.n_pts_per_ray_coarse": f"[{MIN_COARSE_SAMPLES}, inf)",
-    "model.renderer.n_pts_per_ray_fine": "[1, inf)",
-    "model.renderer.occupied_floor": "(0, inf)",
-    "model.implicitron.frames_per_step": "[1, inf)",
-    "model.implicitron.source_views": "[1, inf)",
-    "model.implicitron.min_source_views": "[1, inf)",
-    "model.implicitron.kept_photographs": "[1, inf)",
-    "model.tensorf.resolution": "[2, inf)",
-    "model.tensorf.color_threshold": "[0, 1)",
-    "model.grid.final_resolution": "[2, inf)",
-    "training.lr_network": "(0, inf)",
-    **LOOP_RANGES,
-}
-
-
-def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
-    """Raises ValueError for a dotted key whose value is none of those that it may have."""
-    for key, allowed in choices.items():
-        if _value(config, key) not in allowed:
-            raise ValueError(f"{key}={_value(config, key)!r}: expected one of {', '.join(allowed)}")
-
-
-def check_positive(config: Any, keys: Sequence[str]) -> None:
-    """Raises ValueError for a dotted key whose value is not positive."""
-    for key in keys:
-        if not _value(config, key) > 0:
-            raise ValueError(f"{key}={_value(config, key)!r}: must be positive")
-
-
-def check_ranges(config: Any, ranges: Mapping[str, str]) -> None:
-    """Raises ValueError for a dotted key whose value lies outside of an interval written like ``(0, 1]``; null is inside."""
-    for key, interval in ranges.items():
-        value = _value(config, key)
-        if value is not None and not _lies_in(value, interval):
-            raise ValueError(f"{key}={value}: must lie in {interval}")
-
-
-def _value(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config
-
-
-def validate(config: Any) -> None:
-    """Checks values that types cannot.
-
-    Args:
-        config: an ``ExperimentConfig`` or an omegaconf node of that shape.
-
-    Raises:
-        ValueError: naming the key, its value and what is allowed.
-    """
-
-    check_choices(config, _CHOICES)
-    check_positive(config, _POSITIVE)
-    bounds = config.data.bounds
-    pairs = {"data.bounds.near, far": (bounds.near, bounds.far)}
-    pairs |= {f"data.bounds.overrides.{name}": pair for name, pair in bounds.overrides.items()}
-    for name, pair in pairs.items():
-        numbers = [value for value in pair if isinstance(value, (int, float))] if isinstance(pair, Sequence) else []
-        if len(numbers) != 2 or len(pair) != 2 or not 0 < numbers[0] < numbers[1]:
-            raise ValueError(f"{name}={pair}: expected two distances with 0 < near < far")
-    check_ranges(config, _RANGES)
-    for key in ("upsample_at", "shrink_at"):
-        shares = list(getattr(config.model.grid, key))
-        if any(not 0 < share < 1 for share in shares) or shares != sorted(shares):
-            raise ValueError(f"model.grid.{key}={shares}: expected ascending shares of max_steps in (0, 1)")
-    _check_networks(config.model)
-    if config.model.kind == "implicitron":
-        _check_not_ignored(config)
-        _check_source_views(config.model.implicitron)
-
-
-_FUSION_RANGES = {"max_val_frames": "[1, inf)", "min_gain_psnr": "[0, inf)", "min_gain_iou": "[0, inf)", "min_standard_errors": "[0, inf)"}
-_MEMBER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-
-
-def validate_ensemble(config: Any) -> None:
-    """Checks an ``EnsembleConfig``, or an omegaconf node of that shape, as :func:`validate` does an experiment."""
-    if len(config.members) < 2:
-        raise ValueError(f"members={list(config.members)}: an ensemble needs at least two (+members.NAME.experiment=... adds one)")
-    for name in (config.name, *config.members):
-        if not _MEMBER_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} cannot be the name of a member's or an ensemble's folder: letters, digits, '_', '.' and '-'")
-    if config.name in config.members:
-        raise ValueError(f"name={config.name}: a member has that name; the fusion needs a folder of its own")
-    if config.fusion.method not in FUSION_METHODS:
-        raise ValueError(f"fusion.method={config.fusion.method!r}: expected one of {', '.join(FUSION_METHODS)}")
-    for key, interval in _FUSION_RANGES.items():
-        if not _lies_in(getattr(config.fusion, key), interval):
-            raise ValueError(f"fusion.{key}={getattr(config.fusion, key)}: must lie in {interval}")
-    check_fusion_weights(config.fusion, list(config.members))
-
-
-def check_fusion_weights(fusion: Any, members: Sequence[str]) -> None:
-    """That method ``weights`` has a weight for every member, and no other method has any."""
-    weights = dict(fusion.weights)
-    if fusion.method != "weights":
-        if weights:
-            raise ValueError(f"fusion.weights={weights}: only fusion.method=weights takes weights, not {fusion.method}")
-        return
-    if set(weights) != set(members):
-        raise ValueError(f"fusion.weights={weights}: expected a weight for each of {', '.join(members)}")
-    if not all(weight >= 0 for weight in weights.values()) or not 0 < sum(weights.values()) < math.inf:
-        raise ValueError(f"fusion.weights={weights}: must not be negative, and one of them positive")
-
-
-def _lies_in(value: float, interval: str) -> bool:
-    """Whether ``value`` lies in an interval written like ``(0, 1]``; nan lies in none."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    return above and (value <= high if interval[-1] == "]" else value < high)
-
-
-def _check_networks(model: Any) -> None:
-    """The skip layers of both networks, and that the overrides of the coarse one are settings of a network."""
-    known = {entry.name for entry in fields(NeRFConfig)}
-    overrides = model.coarse_overrides
-    unknown = sorted(set(overrides) - known)
-    if unknown:
-        raise ValueError(f"model.coarse_overrides has no {', '.join(unknown)}: expected keys among {', '.join(sorted(known))}")
-    coarse = OmegaConf.merge(OmegaConf.structured(NeRFConfig), model.nerf, overrides)  # a wrong type is an error here
-    for name, network in (("model.nerf", model.nerf), ("model.coarse_overrides over model.nerf", coarse)):
-        skip_layers = list(network.skip_layers)
-        if not all(1 <= layer < network.n_layers for layer in skip_layers):
-            raise ValueError(f"{name}: skip_layers={skip_layers}: must be trunk layers from 1 to n_layers - 1 = {network.n_layers - 1}")
-
-
-def _check_source_views(spec: Any) -> None:
-    """Fewer source views in training than at rendering, and enough photographs to render from."""
-    views = spec.source_views
-    if spec.min_source_views > views:
-        raise ValueError(f"model.implicitron.min_source_views={spec.min_source_views}: must be at most source_views={views}")
-    if spec.kept_photographs < views:
-        raise ValueError(f"model.implicitron.kept_photographs={spec.kept_photographs}: must be at least source_views={views}")
-
-
-def _check_not_ignored(config: Any) -> None:
-    """Settings that an Implicitron model would ignore, because it brings its own."""
-    weights = dict(config.training.loss_weights)
-    if weights != TrainingConfig().loss_weights and any(weight is not None for weight in weights.values()):
-        raise ValueError(
-            f"training.loss_weights={weights}: a model of kind implicitron is trained with its own, model.implicitron.args.loss_weights; "
-            "leave training.loss_weights out or null"
-        )
-    if config.data.bounds.mode == "near_far":
-        raise ValueError(
-            "data.bounds.mode=near_far: a model of kind implicitron takes its distances from model.implicitron.args "
-            "(raysampler_class_type=NearFarRaySampler with raysampler_NearFarRaySampler_args.min_depth and max_depth); "
-            "use data.bounds.mode=visual_hull"
-        )
-
-
-def settings_with_help(config_class: type = ExperimentConfig, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yields (dotted key, default, help) of every leaf setting, in declaration order."""
-    for entry in fields(config_class):
-        value = entry.default_factory() if entry.default_factory is not _MISSING_FACTORY else entry.default  # type: ignore[misc]
-        key = prefix + entry.name
-        if is_dataclass(value):
-            yield from settings_with_help(type(value), key + ".")
-        else:
-            yield key, value, entry.metadata["help"]
-
-
-_MISSING_FACTORY = next(f for f in fields(ExperimentConfig) if f.name == "device").default_factory

@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException
 from co3d_ensemble.ablation.rows import ROWS
 from co3d_ensemble.ablation.run import ablate
 from co3d_ensemble.ablation.settings import PRESETS, AblationConfig, preset_defaults
-from co3d_ensemble.config import settings_with_help
 from co3d_ensemble.scripts import WRONG_ARGUMENTS, first_line, run_with_settings
+from co3d_ensemble.settings import settings_with_help
 
 
 def help_text() -> str:

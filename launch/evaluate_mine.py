@@ -21,10 +21,10 @@ import sys
 
 from rich.console import Console
 
-from co3d_ensemble.config import settings_with_help
 from co3d_ensemble.mine.evaluation_run import EvaluateConfig, run_evaluation
 from co3d_ensemble.mine.evaluation_table import table
 from co3d_ensemble.scripts import quoted, run_with_settings
+from co3d_ensemble.settings import settings_with_help
 
 PATHS = ("checkpoint", "root", "pair_list", "lpips_weights", "output_dir")
 

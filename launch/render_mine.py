@@ -17,9 +17,9 @@ from __future__ import annotations
 
 import sys
 
-from co3d_ensemble.config import settings_with_help
 from co3d_ensemble.mine.render_photo import RenderConfig, render_photo
 from co3d_ensemble.scripts import quoted, run_with_settings
+from co3d_ensemble.settings import settings_with_help
 
 PATHS = ("image", "checkpoint", "output_dir")
 

@@ -16,9 +16,9 @@ import time
 from rich.console import Console
 from rich.live import Live
 
-from co3d_ensemble.config import settings_with_help
 from co3d_ensemble.fleet.status import StatusConfig, as_json, read_status, render
 from co3d_ensemble.scripts import run_with_settings
+from co3d_ensemble.settings import settings_with_help
 
 
 def show(settings: StatusConfig) -> int:

@@ -22,10 +22,10 @@ from __future__ import annotations
 import os
 import sys
 
-from co3d_ensemble.config import settings_with_help
 from co3d_ensemble.fleet.run import run_fleet
 from co3d_ensemble.fleet.settings import FleetConfig, split_arguments
 from co3d_ensemble.scripts import WRONG_ARGUMENTS, run_with_settings
+from co3d_ensemble.settings import settings_with_help
 
 
 def help_text() -> str:

@@ -23,11 +23,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from co3d_ensemble.config import settings_with_help
 from co3d_ensemble.mine.assembly import CONFIG_DIR, compose_mine
 from co3d_ensemble.mine.config import MINEConfig
 from co3d_ensemble.mine.run import train_mine
 from co3d_ensemble.scripts import configure_logging, first_line, reported
+from co3d_ensemble.settings import settings_with_help
 
 
 def print_help() -> None:

@@ -20,10 +20,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from co3d_ensemble.assembly import CONFIG_DIR, compose_experiment
 from co3d_ensemble.composition import compose_ensemble, is_ensemble
-from co3d_ensemble.config import EnsembleConfig, MemberConfig, settings_with_help
+from co3d_ensemble.config import EnsembleConfig, ExperimentConfig, MemberConfig
 from co3d_ensemble.ensemble import format_members, train_ensemble
 from co3d_ensemble.pipeline import train_sequence
 from co3d_ensemble.scripts import configure_logging, first_line, reported
+from co3d_ensemble.settings import settings_with_help
 
 
 def print_help() -> None:
@@ -31,7 +32,7 @@ def print_help() -> None:
     print(__doc__)
     print(f"experiment=<one of {experiments}>\n")
     ensemble = [*settings_with_help(EnsembleConfig), *settings_with_help(MemberConfig, "members.NAME.")]
-    for title, settings in (("one model", settings_with_help()), ("an ensemble", ensemble)):
+    for title, settings in (("one model", settings_with_help(ExperimentConfig)), ("an ensemble", ensemble)):
         print(f"Settings of {title}:\n")
         for key, default, text in settings:
             print(f"  {key}={default}\n      {text}")

@@ -8,7 +8,9 @@ from omegaconf.errors import ConfigKeyError
 
 from co3d_ensemble.assembly import CONFIG_DIR
 from co3d_ensemble.composition import compose_ensemble, is_ensemble
-from co3d_ensemble.config import EnsembleConfig, FusionConfig, MemberConfig, settings_with_help, validate_ensemble
+from co3d_ensemble.config import EnsembleConfig, FusionConfig, MemberConfig
+from co3d_ensemble.config_checks import validate_ensemble
+from co3d_ensemble.settings import settings_with_help
 from launch import train_sequence
 
 PLACE = ["dataset_root=x", "category=mug"]

@@ -7,9 +7,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, ValidationError
 
 from co3d_ensemble.assembly import compose_experiment
-from co3d_ensemble.config import FREE_KEYS, ExperimentConfig, TrainingConfig, settings_with_help, validate
+from co3d_ensemble.config import FREE_KEYS, ExperimentConfig, TrainingConfig
+from co3d_ensemble.config_checks import validate
+from co3d_ensemble.settings import settings_with_help
 
-SETTINGS = {key: (default, text) for key, default, text in settings_with_help()}
+SETTINGS = {key: (default, text) for key, default, text in settings_with_help(ExperimentConfig)}
 
 
 def experiment(*overrides: str):

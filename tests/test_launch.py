@@ -17,8 +17,9 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from co3d_ensemble import pipeline
-from co3d_ensemble.config import settings_with_help
+from co3d_ensemble.config import ExperimentConfig
 from co3d_ensemble.data.co3d import CO3DIndex
+from co3d_ensemble.settings import settings_with_help
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.records import read_metrics
 from launch import evaluate_submission, export_submission, train_sequence
@@ -248,7 +249,7 @@ def test_evaluation_tells_its_failures_apart_by_exit_codes(root, tmp_path, capsy
 def test_help_lists_every_setting_with_its_line(capsys):
     assert train_sequence.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for key, default, text in settings_with_help():
+    for key, default, text in settings_with_help(ExperimentConfig):
         assert f"  {key}={default}\n      {text}\n" in shown
     assert all(experiment in shown for experiment in ("nerf_published", "nerf_laptop", "implicitron_nerf_laptop"))
     assert all(code in shown for code in ("130", "143"))

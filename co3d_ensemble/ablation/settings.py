@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from co3d_ensemble.ablation.rows import ROWS, rows_named
 from co3d_ensemble.assembly import CONFIG_DIR
-from co3d_ensemble.config import setting
 from co3d_ensemble.data.synthetic import SyntheticConfig
+from co3d_ensemble.settings import setting
 
 PRESETS = CONFIG_DIR / "ablation"
 

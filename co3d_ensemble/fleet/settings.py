@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from co3d_ensemble.config import setting
+from co3d_ensemble.settings import setting
 
 SEQUENCE_SETS = ("dev", "test")
 AUDITS = ("headers", "full")

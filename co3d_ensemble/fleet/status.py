@@ -14,9 +14,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from co3d_ensemble.config import setting
 from co3d_ensemble.fleet.attempts import new_record
 from co3d_ensemble.fleet.disk import FINISH, FleetState, JobFolder, fleet_folder, read_json
+from co3d_ensemble.settings import setting
 
 TAIL_BYTES = 16384  # of metrics.jsonl: holds the last line of either kind
 STATES = ("running", "waiting", "interrupted", "done", "failed")  # the order in which they are shown

@@ -12,7 +12,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from co3d_ensemble.config import LOOP_RANGES, LoopConfig, check_choices, check_positive, check_ranges, setting
+from co3d_ensemble.config import LoopConfig
+from co3d_ensemble.config_checks import LOOP_RANGES
+from co3d_ensemble.settings import check_choices, check_positive, check_ranges, check_shares, setting
 
 DATA_KINDS = ("generated", "co3d", "realestate10k", "kitti_raw", "llff", "flowers")
 ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -194,6 +196,7 @@ def validate(config: Any) -> None:
     check_ranges(config, _RANGES)
     _check_planes(config.model)
     _check_reference(config.model)
+    check_shares(config, ("training.milestones",))
     _check_schedule(config.training)
     _check_losses(config)
     if config.data.kind != "generated" and config.data.root is None:
@@ -224,8 +227,6 @@ def _check_schedule(training: Any) -> None:
     if training.max_steps is None and training.epochs is None:
         raise ValueError("training.max_steps and training.epochs are both null: one of them must say how long to train")
     milestones = list(training.milestones)
-    if milestones != sorted(milestones) or any(not 0 < share < 1 for share in milestones):
-        raise ValueError(f"training.milestones={milestones}: expected ascending shares of max_steps in (0, 1)")
     if milestones and training.schedule != "milestones":
         raise ValueError(f"training.milestones={milestones}: only training.schedule=milestones takes them, not {training.schedule}")
     if training.schedule == "milestones" and not milestones:

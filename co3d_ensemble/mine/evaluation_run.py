@@ -16,7 +16,6 @@ from omegaconf import MISSING
 from tqdm import tqdm
 
 from co3d_ensemble.challenge.lpips import BACKBONES, load_lpips
-from co3d_ensemble.config import setting
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.depth_metrics import ALIGNMENTS
 from co3d_ensemble.mine.assembly import load_trained_mine, run_of
@@ -26,6 +25,7 @@ from co3d_ensemble.mine.evaluation_data import TEST_SETS, open_test_set, test_op
 from co3d_ensemble.mine.protocols import ScoreRules, evenly_spread
 from co3d_ensemble.mine.selection import chosen_on_what_is_scored
 from co3d_ensemble.rendering import resolve_device
+from co3d_ensemble.settings import setting
 from co3d_ensemble.training.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)

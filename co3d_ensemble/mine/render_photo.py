@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from co3d_ensemble.config import setting
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.mpi import MPIView
 from co3d_ensemble.functional.mpi_sampling import explicit_disparities, fixed_disparities
@@ -33,6 +32,7 @@ from co3d_ensemble.mine.trajectories import TRAJECTORIES, Pose, trajectory
 from co3d_ensemble.mine.video import QUALITIES, check_video, write_video
 from co3d_ensemble.rendering import resolve_device
 from co3d_ensemble.report.pictures import false_color, save_picture, to_uint8
+from co3d_ensemble.settings import setting
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 
-from co3d_ensemble.config import settings_with_help
 from co3d_ensemble.fleet.checks import check_all
 from co3d_ensemble.fleet.plan import compose_models, make_plan
 from co3d_ensemble.fleet.settings import FleetConfig, split_arguments
+from co3d_ensemble.settings import settings_with_help
 from launch import status, train_all_sequences
 from tests.conftest import REPOSITORY
 from tests.tiny import MODEL, TENSORF, TRAINING, generated

@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from co3d_ensemble.config import settings_with_help
 from co3d_ensemble.mine import evaluation_run
 from co3d_ensemble.mine.evaluation_data import open_test_set
 from co3d_ensemble.mine.evaluation_run import EvaluateConfig
+from co3d_ensemble.settings import settings_with_help
 from launch import evaluate_mine
 from tests.mine.stacks import mine_config, write_run
 from tests.mine.test_kitti_raw import NAME, write_drive

@@ -9,10 +9,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from co3d_ensemble.config import settings_with_help
 from co3d_ensemble.functional.mpi_losses import edge_threshold_smoothness
 from co3d_ensemble.mine.assembly import CONFIG_DIR, compose_mine
 from co3d_ensemble.mine.config import FREE_KEYS, MINEConfig, MINETrainingConfig, active_weights, check_points, resolve_steps, validate
+from co3d_ensemble.settings import settings_with_help
 from co3d_ensemble.training.run_directory import flattened, is_free
 from launch import train_mine
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from co3d_ensemble.config import settings_with_help
 from co3d_ensemble.files import write_text_atomic
 from co3d_ensemble.mine import render_photo as module
 from co3d_ensemble.mine.mpi_export import read_mpi
 from co3d_ensemble.mine.render_photo import RenderConfig
+from co3d_ensemble.settings import settings_with_help
 from launch import render_mine
 from tests.mine.stacks import smooth_picture, write_run
 
