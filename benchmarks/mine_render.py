@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.common import PeakMemory, circumstances, medians, prepare, synchronize
-from benchmarks.nerf_step import alternate
+from benchmarks.step_timing import alternate
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.cameras import so3_exp
 from co3d_ensemble.functional.mpi import render_target_view

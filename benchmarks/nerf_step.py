@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,47 +37,37 @@ from benchmarks.common import (
     prepare,
     synchronize,
 )
+from benchmarks.step_timing import (
+    IMPLICITRON,
+    LONGEST_SIDE,
+    OURS,
+    PRECISIONS,
+    measure,
+    memory_in_processes,
+    parse_step_arguments,
+    precisions,
+    run_in_scratch,
+    step_parser,
+)
 from co3d_ensemble.assembly import Scene, load_scene
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.plugin.frames import load_frames
 from co3d_ensemble.plugin.model import ObjectModel
-from co3d_ensemble.scripts import reported
 from co3d_ensemble.training.ray_bank_task import RayBankTask, evenly_spread
-from co3d_ensemble.training.stepper import Stepper
 
-IMPLICITRON, OURS = "implicitron", "ours_"  # names of the sides; ours with the precision behind it
-PRECISIONS = ("bfloat16", "float32")  # the first that is measured is that of the presets, and "ours_s"
-STEPS_PER_SAMPLE = {"cpu": 1, "cuda": 20}  # a CUDA step is too short to be timed alone
-WARM_UP = {"cpu": 2, "cuda": 2}  # samples
+WARM_UP = 2  # samples
 MEMORY_STEPS = 3
 CLIP = 1.0  # on both sides
 SCALING_FRAMES, SCALING_PIXELS = (10, 94), (100, 200, 400)
-SCALING_BASE_PIXELS = 200
+SCALING_BASE_PIXELS = LONGEST_SIDE
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset-root", type=Path, help="CO3Dv2 root (default: ../shared/data/co3d beside the checkout, else generated)")
-    parser.add_argument("--category", default="cape")
-    parser.add_argument("--longest-side", type=int, default=SCALING_BASE_PIXELS, help="of the photographs, pixels (default: %(default)s)")
+    parser = step_parser(__doc__, rays=1024, repeats=7, network="MLP")
     parser.add_argument("--mlp", choices=sorted(MLPS), default="published", help="sizes of both sides' MLPs (default: %(default)s)")
-    parser.add_argument("--rays", type=int, default=1024)
     parser.add_argument("--samples", type=int, nargs=2, default=(96, 96), metavar=("COARSE", "FINE"))
-    parser.add_argument("--precision", choices=(*PRECISIONS, "both"), default="both", help="of our MLP (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=7, help="timed samples per side (default: %(default)s)")
-    parser.add_argument("--steps-per-sample", type=int, help="steps per timed sample (default: 1 on the CPU, 20 on CUDA)")
     parser.add_argument("--scaling", action="store_true", help="also with few and many frames, small and large ones")
-    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes a process per side")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--machine", help="the machine in words, for the result file")
-    parser.add_argument("--json", type=Path, help="result file")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # a child process that measures one side
-    arguments = parser.parse_args(argv)
-    for name in ("repeats", "rays", "steps_per_sample"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    return arguments
+    return parse_step_arguments(parser, argv)
 
 
 def configurations(arguments: argparse.Namespace, root: Path, category: str, device: torch.device) -> dict[str, DictConfig]:
@@ -90,54 +78,12 @@ def configurations(arguments: argparse.Namespace, root: Path, category: str, dev
     base = "nerf_laptop" if arguments.mlp == "laptop" else "nerf"
     samples = [f"model.renderer.n_pts_per_ray_coarse={coarse}", f"model.renderer.n_pts_per_ray_fine={fine}"]
     found = {}
-    for precision in PRECISIONS if arguments.precision == "both" else (arguments.precision,):
+    for precision in precisions(arguments):
         overrides = [f"experiment={base}", *common, *mlp.ours(), *samples, f"model.nerf.precision={precision}"]
         found[OURS + precision] = experiment(overrides, **place)
     theirs = experiment(["experiment=implicitron_nerf", *common, *mlp.implicitron(), *implicitron_samples(coarse, fine)], **place)
     as_overfit_model(theirs)
     return {**found, IMPLICITRON: theirs}
-
-
-def alternate(
-    run: Mapping[str, Callable[[], None]], *, repeats: int, warm_up: int, steps_per_sample: int = 1, wait: Callable[[], None] = lambda: None
-) -> dict[str, list[float]]:
-    """Seconds per step of each side in ``repeats`` rounds; every round runs all sides in turn.
-
-    Args:
-        run: one step of a side, by name.
-        warm_up: rounds that are not counted.
-        wait: returns when the device has finished.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in run}
-    for i in range(warm_up + repeats):
-        for name, step in run.items():
-            wait()
-            start = time.perf_counter()
-            for _ in range(steps_per_sample):
-                step()
-            wait()
-            if i >= warm_up:
-                samples[name].append((time.perf_counter() - start) / steps_per_sample)
-    return samples
-
-
-def counted(stepper: Stepper) -> Callable[[], None]:
-    """``stepper`` as a function that runs its next step."""
-    position = iter(range(stepper.config.max_steps))
-    return lambda: stepper.run(next(position))
-
-
-def measure(steppers: Mapping[str, Stepper], arguments: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    samples = alternate(
-        {name: counted(stepper) for name, stepper in steppers.items()},
-        repeats=arguments.repeats,
-        warm_up=WARM_UP[device.type],
-        steps_per_sample=arguments.steps_per_sample or STEPS_PER_SAMPLE[device.type],
-        wait=lambda: synchronize(device),
-    )
-    for stepper in steppers.values():
-        stepper.check()
-    return samples
 
 
 def occupied_share(task: RayBankTask) -> float:
@@ -211,7 +157,7 @@ def scaling(
         for n_frames, pixels, at_size in cases
         for name, config in sides.items()
     }
-    median = medians(measure(steppers, arguments, device))
+    median = medians(measure(steppers, arguments, device, warm_up=WARM_UP))
     return [
         {
             "frames": n_frames,
@@ -233,18 +179,6 @@ def measure_memory(config: DictConfig, device: torch.device) -> float:
         stepper.run(step)
     stepper.check()
     return peak.mebibytes()
-
-
-def memory_in_processes(argv: Sequence[str], names: Sequence[str], root: Path, category: str) -> dict[str, float]:
-    """Peak memory of every side, each in a fresh process."""
-    found = {}
-    for name in names:
-        command = [sys.executable, __file__, *argv, "--dataset-root", str(root), "--category", category, "--memory-of", name]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
-        if answer.returncode != 0:
-            raise RuntimeError(f"measuring the memory of {name} failed: {answer.stderr.strip()[-500:]}")
-        found[name] = json.loads(answer.stdout.splitlines()[-1])["peak_memory_mb"]
-    return found
 
 
 def print_table(result: Mapping[str, Any]) -> None:
@@ -272,7 +206,7 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str], scratch: Path)
     ours = next(iter(configs.values()))
     scene = load_scene(ours)
     steppers = {name: make_stepper(config, scene, device) for name, config in configs.items()}
-    samples = measure(steppers, arguments, device)
+    samples = measure(steppers, arguments, device, warm_up=WARM_UP)
     first = next(iter(steppers.values())).task
     share = occupied_share(first)
     refine_every = max(1, round(ours.model.occupancy.refine_every * ours.training.max_steps))
@@ -290,7 +224,8 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str], scratch: Path)
     if arguments.scaling:
         result["scaling"] = scaling(configs, scene, arguments, device)
     if not arguments.no_memory:
-        result["peak_memory_mb"] = memory_in_processes(argv, list(configs), root, category)
+        place = ["--dataset-root", str(root), "--category", category]
+        result["peak_memory_mb"] = memory_in_processes(__file__, [*argv, *place], list(configs))
     print_table(result)
     if arguments.json:
         write_json_atomic(arguments.json, result)
@@ -298,9 +233,7 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str], scratch: Path)
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parse_arguments(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        return reported(lambda: benchmark(arguments, argv, Path(scratch)))
+    return run_in_scratch(benchmark, parse_arguments(argv), argv)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,18 +37,26 @@ from benchmarks.common import (
     synchronize,
 )
 from benchmarks.implicitron_vm import implicitron_stepper
-from benchmarks.nerf_step import IMPLICITRON, OURS, PRECISIONS, alternate, counted
+from benchmarks.step_timing import (
+    IMPLICITRON,
+    OURS,
+    measure,
+    memory_in_processes,
+    parse_step_arguments,
+    precisions,
+    run_in_scratch,
+    step_parser,
+    steps_per_sample,
+)
 from co3d_ensemble.assembly import Scene, load_scene
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
 from co3d_ensemble.files import write_json_atomic
-from co3d_ensemble.scripts import reported
 from co3d_ensemble.training.ray_bank_task import RayBankTask
 from co3d_ensemble.training.stepper import Stepper
 
 ALL_SAMPLES = "_all_samples"  # behind the name of a side of ours that evaluates every sample
 GENERATED, HULL = "generated", "hull"
 BARS = {GENERATED: 25.0, HULL: 15.0, ALL_SAMPLES: 1.0}  # times faster than Implicitron
-STEPS_PER_SAMPLE = {"cpu": 1, "cuda": 20}  # a CUDA step is too short to be timed alone
 WARM_UP = 1  # samples
 MEMORY_STEPS = {OURS: 3, IMPLICITRON: 1}  # Implicitron's step takes half a minute and keeps nothing but moments
 SHARE_BATCHES = 20  # of rays: the share of one batch varies by a few percent of itself
@@ -77,38 +83,18 @@ class Case:
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset-root", type=Path, help="CO3Dv2 root (default: ../shared/data/co3d beside the checkout, else generated)")
-    parser.add_argument("--category", default="cape")
-    parser.add_argument("--longest-side", type=int, default=200, help="of the photographs, pixels (default: %(default)s)")
+    parser = step_parser(__doc__, rays=4096, repeats=3, network="colour network")
     parser.add_argument("--resolution", type=int, default=128, help="cube root of the grid's voxels (default: %(default)s)")
-    parser.add_argument("--rays", type=int, default=4096)
     parser.add_argument("--samples", type=int, default=384, help="per ray (default: %(default)s)")
     parser.add_argument("--occupied-share", type=float, default=0.078, help="of the generated scene's samples (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", choices=(GENERATED, HULL), default=(GENERATED, HULL))
-    parser.add_argument("--precision", choices=(*PRECISIONS, "both"), default="both", help="of our colour network (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed samples per side (default: %(default)s)")
-    parser.add_argument("--steps-per-sample", type=int, help="steps per timed sample (default: 1 on the CPU, 20 on CUDA)")
     parser.add_argument("--scaling", action="store_true", help="also our step at other resolutions, with the share of its parts")
     parser.add_argument("--scaling-resolutions", type=int, nargs="+", default=SCALING, help=argparse.SUPPRESS)
     parser.add_argument("--only-scaling", action="store_true", help="nothing but --scaling; Implicitron is not run")
-    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes a process per side")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
-    parser.add_argument("--machine", help="the machine in words, for the result file")
-    parser.add_argument("--json", type=Path, help="result file")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # a child process that measures one side
-    arguments = parser.parse_args(argv)
-    for name in ("repeats", "rays", "steps_per_sample"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    arguments = parse_step_arguments(parser, argv)
     if not 0 < arguments.occupied_share < 1:
         parser.error("--occupied-share must lie between 0 and 1")
     return arguments
-
-
-def precisions(arguments: argparse.Namespace) -> tuple[str, ...]:
-    return PRECISIONS if arguments.precision == "both" else (arguments.precision,)
 
 
 def configuration(arguments: argparse.Namespace, root: Path, category: str, device: torch.device, *more: str) -> DictConfig:
@@ -203,19 +189,6 @@ def make_case(name: str, arguments: argparse.Namespace, scratch: Path, device: t
     return Case(name, f"{config.category}, {len(scene.train)} frames", occupied, steppers)
 
 
-def measure(case: Case, arguments: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    samples = alternate(
-        {name: counted(stepper) for name, stepper in case.steppers.items()},
-        repeats=arguments.repeats,
-        warm_up=WARM_UP,
-        steps_per_sample=arguments.steps_per_sample or STEPS_PER_SAMPLE[device.type],
-        wait=lambda: synchronize(device),
-    )
-    for stepper in case.steppers.values():
-        stepper.check()
-    return samples
-
-
 def summary(case: str, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Medians and ratios of one case; ``ours_s`` is the first precision that was measured, that of the GPU and laptop presets."""
     median = medians(samples)
@@ -268,13 +241,8 @@ def scaling(arguments: argparse.Namespace, scratch: Path, device: torch.device) 
             rows.append({"resolution": resolution, "skipped": reason})
             continue
         stepper = our_stepper(chosen, scene, device, precisions(arguments)[0], share=None)
-        run = counted(stepper)
-        per_sample = arguments.steps_per_sample or STEPS_PER_SAMPLE[device.type]
-        samples = alternate(
-            {"ours": run}, repeats=arguments.repeats, warm_up=WARM_UP, steps_per_sample=per_sample, wait=lambda: synchronize(device)
-        )
-        seconds = medians(samples)["ours"]
-        split = parts(stepper, (arguments.repeats + WARM_UP) * per_sample, device)
+        seconds = medians(measure({"ours": stepper}, arguments, device, warm_up=WARM_UP))["ours"]
+        split = parts(stepper, (arguments.repeats + WARM_UP) * steps_per_sample(arguments, device), device)
         stepper.check()
         total = sum(split.values())
         rows.append(
@@ -285,7 +253,7 @@ def scaling(arguments: argparse.Namespace, scratch: Path, device: torch.device) 
                 "shares": {name: value / total for name, value in split.items()},
             }
         )
-        del stepper, run
+        del stepper
     return rows
 
 
@@ -310,17 +278,6 @@ def measure_memory(name: str, arguments: argparse.Namespace, scratch: Path, devi
         stepper.run(step)
     stepper.check()
     return peak.mebibytes()
-
-
-def memory_in_processes(argv: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """Peak memory of every side on the generated scene, each in a fresh process."""
-    found = {}
-    for name in names:
-        answer = subprocess.run([sys.executable, __file__, *argv, "--memory-of", name], capture_output=True, text=True, check=False)
-        if answer.returncode != 0:
-            raise RuntimeError(f"measuring the memory of {name} failed: {answer.stderr.strip()[-500:]}")
-        found[name] = json.loads(answer.stdout.splitlines()[-1])["peak_memory_mb"]
-    return found
 
 
 def print_table(result: Mapping[str, Any]) -> None:
@@ -353,7 +310,7 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str], scratch: Path)
     sides: list[str] = []
     for name in () if arguments.only_scaling else arguments.cases:
         case = make_case(name, arguments, scratch, device)
-        found = summary(name, measure(case, arguments, device))
+        found = summary(name, measure(case.steppers, arguments, device, warm_up=WARM_UP))
         result["cases"].append({"name": name, "sequence": case.sequence, "occupied_share": case.occupied_share, **found})
         sides = sides or list(case.steppers)
         del case  # its moments and averages are large
@@ -363,7 +320,7 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str], scratch: Path)
     if arguments.scaling or arguments.only_scaling:
         result["scaling"] = scaling(arguments, scratch, device)
     if sides and not arguments.no_memory:
-        result["peak_memory_mb"] = memory_in_processes(argv, sides)
+        result["peak_memory_mb"] = memory_in_processes(__file__, argv, sides)
     print_table(result)
     if arguments.json:
         write_json_atomic(arguments.json, result)
@@ -371,9 +328,7 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str], scratch: Path)
 
 
 def main(argv: Sequence[str]) -> int:
-    arguments = parse_arguments(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        return reported(lambda: benchmark(arguments, argv, Path(scratch)))
+    return run_in_scratch(benchmark, parse_arguments(argv), argv)
 
 
 if __name__ == "__main__":

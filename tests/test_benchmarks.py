@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import cells, common, nerf_step, report, time_to_quality
+from benchmarks import cells, common, nerf_step, report, step_timing, time_to_quality
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
 from co3d_ensemble.functional.cameras import pixel_centers, pixel_rays
 from co3d_ensemble.functional.types import Frame, PinholeCamera
@@ -99,7 +99,7 @@ def test_the_ratio_is_that_of_the_medians():
 def test_sides_take_turns_and_warm_up_does_not_count():
     order = []
     sides = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    samples = nerf_step.alternate(sides, repeats=3, warm_up=2, steps_per_sample=2)
+    samples = step_timing.alternate(sides, repeats=3, warm_up=2, steps_per_sample=2)
     assert order == ["a", "a", "b", "b"] * 5
     assert [len(values) for values in samples.values()] == [3, 3]
 
