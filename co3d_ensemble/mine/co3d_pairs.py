@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -84,12 +84,6 @@ class CO3DPairs(ViewPairs):
             self._require_points()
         elif n_points:
             self._leave_out_what_has_no_points()
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def choices(self, index: int) -> tuple[Hashable, Sequence[Hashable]]:
-        return self._pairs[index]
 
     def load(self, key: FrameRecord) -> View:  # type: ignore[override]
         image = read_picture(key.image_path)

@@ -10,7 +10,7 @@ and to test. Translations are in metres. The files carry no sparse points.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,19 +145,12 @@ class KITTIRaw(ViewPairs):
         self._cameras = {date: read_calibration(root / date / "calib_cam_to_cam.txt") for date in {name[:10] for name in names}}
         frames = [(name, *pair) for name in names for pair in self._stereo_frames(root, name, check)]
         directions = [(LEFT, RIGHT), (RIGHT, LEFT)][: 2 if sources == "both" else 1]
-        # (sequence, camera, picture) of source and target
+        # (sequence, camera, picture) of source and of the one target
         self._pairs = [
-            ((name, source, pictures[source - LEFT]), (name, target, pictures[target - LEFT]))
+            ((name, source, pictures[source - LEFT]), ((name, target, pictures[target - LEFT]),))
             for name, *pictures in frames
             for source, target in directions
         ]
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def choices(self, index: int) -> tuple[Hashable, Sequence[Hashable]]:
-        source, target = self._pairs[index]
-        return source, [target]
 
     def load(self, key: tuple[str, int, Path]) -> View:  # type: ignore[override]
         sequence, number, path = key

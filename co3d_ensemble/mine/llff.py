@@ -7,7 +7,7 @@ ROOT/<scene>/images/             the photographs, or a reduced copy such as imag
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -90,12 +90,6 @@ class LLFF(ViewPairs):
                     self._pairs.append(((scene, source), [(scene, target) for target in near]))
         if not self._pairs:
             raise ValueError(f"{root}: no scene has two photographs for split={split!r}")
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def choices(self, index: int) -> tuple[Hashable, Sequence[Hashable]]:
-        return self._pairs[index]
 
     def load(self, key: tuple[int, int]) -> View:  # type: ignore[override]
         scene, i = key

@@ -81,7 +81,8 @@ def visible_points(xyz: Tensor, K: Tensor, *, height: int, width: int) -> Tensor
 class ViewPairs(Dataset[Pair]):
     """What the data sets of photographs share: an item is a source view and one of its possible targets.
 
-    Subclasses fill nothing in here; they say which views belong together (:meth:`choices`) and load them (:meth:`load`).
+    Subclasses say which views belong together, in ``_pairs`` or by :meth:`choices` and a length of their own, and load them
+    (:meth:`load`).
 
     Args:
         n_points: sparse points per picture, 0: none.
@@ -89,17 +90,19 @@ class ViewPairs(Dataset[Pair]):
         cache_megabytes: loaded views that are kept, the least recently used leave first.
     """
 
+    _pairs: Sequence[tuple[Hashable, Sequence[Hashable]]]  # source and targets of every item, as ``choices`` gives them
+
     def __init__(self, *, n_points: int, random_target: bool, cache_megabytes: float) -> None:
         self.n_points, self.random_target = n_points, random_target
         self._cache: OrderedDict[Hashable, View] = OrderedDict()
         self._cache_bytes, self._cache_limit = 0, cache_megabytes * 2**20
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self._pairs)
 
     def choices(self, index: int) -> tuple[Hashable, Sequence[Hashable]]:
         """Keys of the source of item ``index`` and of its targets, at least one, the most natural first."""
-        raise NotImplementedError
+        return self._pairs[index]
 
     def load(self, key: Hashable) -> View:
         raise NotImplementedError
