@@ -110,10 +110,13 @@ def parents_by_pid() -> dict[int, int]:
 def torment(agents: Agents, *, kills: int, pause: float, generator: random.Random, seconds: float) -> Counter[str]:
     """Kills at random moments, about one per ``pause`` seconds, and starts again what has ended, until the fleet has ended by itself.
 
+    What is drawn stays drawn until there is one to kill: a fleet that is still starting has no children.
+
     Raises:
         TimeoutError: it has not after ``seconds``.
     """
     done: Counter[str] = Counter()
+    kind = None
     deadline = time.monotonic() + seconds
     agents.start_missing()
     while not all(process.poll() == 0 for process in agents.processes):
@@ -122,8 +125,10 @@ def torment(agents: Agents, *, kills: int, pause: float, generator: random.Rando
             raise TimeoutError(f"{dict(done)} after {seconds} s: {agents.log}")
         if sum(done.values()) < kills:
             time.sleep(generator.uniform(0, 2 * pause))
-            (kind,) = generator.choices(KINDS, WEIGHTS)
-            done[kind] += agents.kill(kind, generator)
+            kind = kind or generator.choices(KINDS, WEIGHTS)[0]
+            if agents.kill(kind, generator):
+                done[kind] += 1
+                kind = None
         time.sleep(0.2)
         if any(process.poll() not in (None, 0) for process in agents.processes):
             agents.start_missing()
@@ -175,8 +180,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--jobs", type=int, default=60, help="of the pretended ones (default: %(default)s)")
-    parser.add_argument("--pause", type=float, default=6.0, help="mean seconds between kills (default: %(default)s)")
+    parser.add_argument("--jobs", type=int, default=150, help="of the pretended ones (default: %(default)s)")
+    parser.add_argument("--pause", type=float, default=4.0, help="mean seconds between kills (default: %(default)s)")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
