@@ -37,6 +37,8 @@ _POSITIVE = (
     "model.occupancy.resolution",
     "model.nerf.n_layers",
     "model.nerf.n_hidden",
+    "model.nerf.n_hidden_color",
+    "model.nerf.density_scale",
     "model.tensorf.n_density",
     "model.tensorf.n_appearance",
     "model.tensorf.n_features",
@@ -77,6 +79,16 @@ _RANGES = {
     "model.implicitron.kept_photographs": "[1, inf)",
     "model.tensorf.resolution": "[2, inf)",
     "model.tensorf.color_threshold": "[0, 1)",
+    "model.tensorf.n_harmonics_features": "[0, inf)",
+    "model.tensorf.n_harmonics_dir": "[0, inf)",
+    "model.tensorf.density_shift": "(-inf, inf)",
+    "model.nerf.n_harmonics_xyz": "[0, inf)",
+    "model.nerf.n_harmonics_dir": "[0, inf)",
+    "model.nerf.density_bias": "(-inf, inf)",
+    "model.nerf.density_noise_std": "[0, inf)",
+    "model.camera_jitter.angle_std": "[0, inf)",
+    "model.camera_jitter.extrinsics_angle_std": "[0, inf)",
+    "model.camera_jitter.extrinsics_shift_std": "[0, inf)",
     "model.grid.final_resolution": "[2, inf)",
     "training.lr_network": "(0, inf)",
     **LOOP_RANGES,
@@ -105,6 +117,7 @@ def validate(config: Any) -> None:
     check_ranges(config, _RANGES)
     check_shares(config, ("model.grid.upsample_at", "model.grid.shrink_at"))
     _check_networks(config.model)
+    _check_growth(config.model)
     if config.model.kind == "implicitron":
         _check_not_ignored(config)
         _check_source_views(config.model.implicitron)
@@ -159,6 +172,16 @@ def _check_networks(model: Any) -> None:
         skip_layers = list(network.skip_layers)
         if not all(1 <= layer < network.n_layers for layer in skip_layers):
             raise ValueError(f"{name}: skip_layers={skip_layers}: must be trunk layers from 1 to n_layers - 1 = {network.n_layers - 1}")
+
+
+def _check_growth(model: Any) -> None:
+    """That the grid of a VM field is refined by its upsamplings, not coarsened."""
+    first, last = model.tensorf.resolution, model.grid.final_resolution
+    if model.kind == "tensorf" and len(model.grid.upsample_at) > 0 and last < first:
+        raise ValueError(
+            f"model.grid.final_resolution={last}: must be at least model.tensorf.resolution={first}, which the grid starts with "
+            "(model.grid.upsample_at=[] leaves it there)"
+        )
 
 
 def _check_source_views(spec: Any) -> None:

@@ -102,6 +102,12 @@ def test_the_dataset_has_no_default():
         ("model.coarse_overrides.n_layers=4", "model.coarse_overrides over model.nerf: skip_layers=[5]: must be trunk layers from 1"),
         ("model.coarse_overrides.n_hiden=4", "model.coarse_overrides has no n_hiden: expected keys among"),
         ("model.coarse_overrides.n_layers=few", "n_layers"),
+        ("model.nerf.n_hidden_color=0", "model.nerf.n_hidden_color=0: must be positive"),
+        ("model.nerf.density_noise_std=-0.1", "model.nerf.density_noise_std=-0.1: must lie in [0, inf)"),
+        ("model.tensorf.n_harmonics_dir=-1", "model.tensorf.n_harmonics_dir=-1: must lie in [0, inf)"),
+        ("model.tensorf.density_shift=nan", "model.tensorf.density_shift=nan"),
+        ("model.camera_jitter.angle_std=-0.1", "model.camera_jitter.angle_std=-0.1: must lie in [0, inf)"),
+        ("model.camera_jitter.extrinsics_shift_std=nan", "model.camera_jitter.extrinsics_shift_std=nan"),
         ("training.budget_minutes=0", "training.budget_minutes=0.0: must lie in (0, inf)"),
         ("training.lr_final=1.5", "training.lr_final=1.5: must lie in [0, 1]"),
         ("training.warmup=1.0", "training.warmup=1.0: must lie in [0, 1)"),
@@ -118,6 +124,14 @@ def test_a_bad_value_is_an_error_that_names_its_key(override, named):
     with pytest.raises(ValueError) as caught:
         validate(experiment(override))
     assert named in str(caught.value)
+
+
+def test_upsamplings_that_would_coarsen_the_grid_are_an_error_that_names_both_resolutions():
+    coarser = ("model.tensorf.resolution=200", "model.grid.final_resolution=160")
+    with pytest.raises(ValueError, match=r"model.grid.final_resolution=160: .* model.tensorf.resolution=200"):
+        validate(experiment("model.kind=tensorf", *coarser))
+    validate(experiment("model.kind=tensorf", *coarser, "model.grid.upsample_at=[]"))
+    validate(experiment("model.kind=nerf", *coarser))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +151,9 @@ def test_a_bad_value_is_an_error_that_names_its_key(override, named):
         "training.checkpoint_every_seconds=0",
         "model.nerf.skip_layers=[1,7]",
         "model.nerf.skip_layers=[]",
+        "model.nerf.n_harmonics_xyz=0",
+        "model.nerf.density_noise_std=0",
+        "model.camera_jitter.angle_std=0",
     ],
 )
 def test_the_ends_of_a_range_and_null_are_allowed_where_they_mean_something(override):
