@@ -24,7 +24,8 @@ from co3d_ensemble.ablation.rows import ROWS, SWITCHES, rows_named
 from co3d_ensemble.ablation.run import ablate, generate_missing
 from co3d_ensemble.ablation.settings import PRESETS, AblationConfig, preset_defaults
 from co3d_ensemble.assembly import compose_experiment, load_scene, make_task
-from co3d_ensemble.pipeline import train_sequence
+from co3d_ensemble.pipeline import checkpoint_stamp, train_sequence
+from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.stepper import Stepper
 from launch import ablation
 from tests.tiny import MODEL, SIZES, TRAINING, generated
@@ -154,6 +155,8 @@ def test_an_unknown_key_of_a_preset_is_an_error(tmp_path):
         ("colour=red", "colour"),
         ("rows=[nope]", "nope"),
         ("row_overrides={nope: []}", "nope"),
+        ("row_overrides={ensemble: [training.lr=1]}", "row_overrides.ensemble"),
+        ("devices=[cuda:0,cuda:1]", "more than jobs=1"),
         ("preset=nope", "preset='nope'"),
         ("jobs=0", "jobs=0"),
         ("budget=-1", "budget=-1"),
@@ -340,6 +343,24 @@ def test_a_fusion_of_runs_that_were_trained_again_is_made_again(tmp_path):
     assert [cell.name for cell in Results(plan).fusable(0)] == [fused.name]
 
 
+def test_the_fusion_of_runs_that_were_only_scored_again_stays_finished(tmp_path):
+    plan = plan_of(tmp_path, rows=["ensemble"])
+    for cell in plan.cells:
+        finish(cell, 20.0)
+    (fused,) = Results(plan).fusable(0)
+    fuse_by_hand(fused, 21.0, 21.0)
+    for cell in fused.cells:
+        cell.run.checkpoints.mkdir(parents=True, exist_ok=True)
+        Checkpoints(cell.run.checkpoints).best.write_bytes(b"weights")
+    made_from = {"members": {cell.member: checkpoint_stamp(cell.run) for cell in fused.cells}}
+    fused.results_path.write_text(json.dumps({**json.loads(fused.results_path.read_text()), "made_from": made_from}))
+    later = time.time_ns() + 10**9
+    os.utime(fused.cells[0].run.results_path, ns=(later, later))
+    assert Results(plan).fusable(0) == [] and Results(plan).scores(plan.rows[-1]).missing == 0
+    Checkpoints(fused.cells[0].run.checkpoints).best.write_bytes(b"other weights")
+    assert [cell.name for cell in Results(plan).fusable(0)] == [fused.name]
+
+
 def test_a_failed_candidate_is_left_out_of_the_choice_and_does_not_hold_up_the_fusion(tmp_path):
     plan = plan_of(tmp_path, rows=["ensemble"])
     for cell in plan.cells[1:]:
@@ -365,6 +386,19 @@ def test_steps_that_a_budget_fixed_are_no_other_settings(tmp_path):
     cell.run.config_path.write_text(OmegaConf.to_yaml(stored))
     cell.run.budget_path.write_text(json.dumps({"max_steps": 17}))
     assert cell.is_finished()
+
+
+def test_a_report_alone_photographs_nothing(tmp_path):
+    small = dict(SIZES) | {"n_known": 2, "n_val": 1, "n_unseen": 1}
+    settings = settings_of(tmp_path, generated=["bear"], generated_sequences={"bear": small}, report_only=True)
+    generate_missing(settings, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_heading_shows_the_last_part_of_places_and_leaves_the_rest_of_the_command(tmp_path):
+    command = ["python", "launch/ablation.py", "output_dir=.", f"dataset_root={tmp_path / 'root'}"]
+    told = ablation_run.describe(settings_of(tmp_path, output_dir="."), command)
+    assert "`python launch/ablation.py output_dir=. dataset_root=root`" in told
 
 
 def test_generated_sequences_are_made_once_and_never_mixed(tmp_path):

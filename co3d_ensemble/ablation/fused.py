@@ -16,7 +16,9 @@ from omegaconf import OmegaConf
 from co3d_ensemble.ablation.cells import Cell, CellResult
 from co3d_ensemble.config import EnsembleConfig
 from co3d_ensemble.ensemble import fuse_sequence
+from co3d_ensemble.pipeline import checkpoint_stamp
 from co3d_ensemble.scripts import run_with_settings
+from co3d_ensemble.training.checkpoint import Checkpoints
 
 PLAIN, BEST = "mean", "auto"  # the published fusion, and the one that wins on the validation frames
 
@@ -45,11 +47,18 @@ class FusedCell:
         return self.cells[0].run.path.with_name(self.member) / "results.json"
 
     def is_finished(self) -> bool:
-        """Whether it was fused from the runs as they are now."""
+        """Whether it was fused from the runs as they are now; runs that were only scored again are the same runs."""
         if not self.results_path.exists():
             return False
         fused = self.results_path.stat().st_mtime_ns
-        return all(cell.run.results_path.stat().st_mtime_ns <= fused for cell in self.cells)
+        return all(cell.run.results_path.stat().st_mtime_ns <= fused for cell in self.cells) or self._is_of_the_checkpoints()
+
+    def _is_of_the_checkpoints(self) -> bool:
+        """Whether ``fuse_sequence`` would leave what is there as it is."""
+        if not all(Checkpoints(cell.run.checkpoints).best.exists() for cell in self.cells):
+            return False
+        made_from = json.loads(self.results_path.read_text()).get("made_from", {})
+        return made_from.get("members") == {cell.member: checkpoint_stamp(cell.run) for cell in self.cells}
 
     def command(self) -> tuple[str, ...]:
         """Of a child process that fuses them; ``{device}`` is to be replaced."""

@@ -70,7 +70,7 @@ def ablate(settings: AblationConfig, command: Sequence[str] = ()) -> int:
 
 
 def generate_missing(settings: AblationConfig, root: Path) -> None:
-    """Photographs the generated sequences that are not there yet.
+    """Photographs the generated sequences that are not there yet, unless only a report is wanted.
 
     Raises:
         ValueError: one is there with other settings.
@@ -81,6 +81,8 @@ def generate_missing(settings: AblationConfig, root: Path) -> None:
         if stamp.exists():  # written last, so that an interrupted generation starts anew
             if json.loads(stamp.read_text()) != wanted:
                 raise ValueError(f"{root / name} was generated with other settings ({stamp}): use another output_dir, or remove both")
+            continue
+        if settings.report_only:
             continue
         logger.info("photographing %s", name)
         generate_dataset(root, {name: [GENERATED_SUBSET]}, config)
@@ -125,7 +127,8 @@ def describe(settings: AblationConfig, command: Sequence[str]) -> str:
     places = {name: str(value) for name in ("dataset_root", "output_dir") if (value := getattr(settings, name)) is not None}
     shown = shlex.join(command)
     for value in places.values():
-        shown = shown.replace(value, Path(value).name)
+        if len(Path(value).parts) > 1:  # "." and "/" are in any command, and have no last part
+            shown = shown.replace(value, Path(value).name)
     lines = ["# Ablation", "", f"`{shown}`", ""]
     shared = f"{settings.jobs} jobs of {settings.threads_per_job} threads, devices {', '.join(settings.devices)}"
     lines.append(f"{os.cpu_count()} CPU cores, torch {torch.__version__}; {shared}.")

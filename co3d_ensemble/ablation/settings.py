@@ -54,8 +54,13 @@ class AblationConfig:
             if sequence.count("/") != 1 or not all(sequence.split("/")):
                 raise ValueError(f"sequences: {sequence!r} is not '<category>/<subset_name>'")
         self._check_generated()
+        if len(self.devices) > self.jobs:
+            raise ValueError(f"devices={list(self.devices)}: more than jobs={self.jobs}, which would leave some of them idle")
         rows_named(self.rows)
         rows_named(list(self.row_overrides))
+        untrained = [row.name for row in ROWS if row.name in self.row_overrides and not row.is_trained]
+        if untrained:
+            raise ValueError(f"row_overrides.{untrained[0]}: that row trains nothing which settings could change")
 
     def _check_generated(self) -> None:
         missing = [name for name in self.generated if name not in self.generated_sequences]
