@@ -88,10 +88,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if not arguments.minutes > 0:
         parser.error("--minutes must be positive")
-    known = ", ".join(ROWS)
-    for name in [*(arguments.rows or "").split(","), *(entry.partition(":")[0] for entry in arguments.override_row)]:
+    named = [("--rows", name) for name in (arguments.rows or "").split(",")]
+    named += [("--override-row", entry.partition(":")[0]) for entry in arguments.override_row]
+    for option, name in named:
         if name and name not in ROWS:
-            parser.error(f"{name}: expected some of {known}")
+            parser.error(f"{option} {name}: expected some of {', '.join(ROWS)}")
     if any("=" not in entry.partition(":")[2] for entry in arguments.override_row):
         parser.error("--override-row takes ROW:KEY=VALUE")
     return arguments
@@ -201,12 +202,15 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
             entries.append(scored(rows[name]))
         else:
             entries.append(without_scores(name, "not trained yet"))
-    settings = experiment(("experiment=nerf_laptop", *arguments.override), root=root, category=category, device=device)
+    shown = "nerf" if arguments.sizes == "full" else "nerf_laptop"
+    settings = experiment((f"experiment={shown}", *arguments.override), root=root, category=category, device=device)
     scene = load_scene(settings)
     targets = load_targets(settings, scene)
+    side = settings.data.longest_side
+    size = "at their full size" if side is None else f"of at most {side} px"
     result = {
         **circumstances("peers", argv, device, arguments.machine),
-        "sequence": f"{category}/{SUBSET}, {len(scene.train)} frames and {len(targets)} targets of at most {settings.data.longest_side} px",
+        "sequence": f"{category}/{SUBSET}, {len(scene.train)} frames and {len(targets)} targets {size}",
         "minutes": arguments.minutes,
         "sizes": arguments.sizes,
         "reference_db": hull_reference(scene, targets),

@@ -89,6 +89,14 @@ def test_an_ensembles_members_share_the_time_of_a_row(root, tmp_path):
     assert alone.overrides[-1] == "training.budget_minutes=10.0" and alone.member_folders == (alone.folder,)
 
 
+def test_the_reference_is_of_the_size_that_the_rows_are_scored_at(root, tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "ROWS", ())
+    place = ["--dataset-root", str(root), "--category", "mug", "--device", "cpu", "--override", "data.val_share=0.2"]
+    for sizes, told in (("laptop", "of at most 200 px"), ("full", "at their full size")):
+        assert peers.main([*place, "--output", str(tmp_path / sizes), "--sizes", sizes]) == 0
+        assert json.loads((tmp_path / sizes / "peers.json").read_text())["sequence"].endswith(told)
+
+
 @pytest.mark.parametrize("sizes", ["laptop", "full"])
 def test_every_row_s_experiment_composes(root, tmp_path, sizes):
     given = peers.parse_arguments(["--output", str(tmp_path), "--sizes", sizes])
@@ -100,7 +108,8 @@ def test_every_row_s_experiment_composes(root, tmp_path, sizes):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--rows", "nerv"], "nerv: expected some of nerf, tensorf"),
+        (["--rows", "nerv"], "--rows nerv: expected some of nerf, tensorf"),
+        (["--override-row", "nerv:training.lr=1"], "--override-row nerv: expected"),
         (["--override-row", "nerf"], "ROW:KEY=VALUE"),
         (["--minutes", "0"], "--minutes must be positive"),
     ],
