@@ -169,6 +169,10 @@ class TensoRFImplicitFunction(_FunctionInBox, TensoRFConfig, ImplicitFunctionBas
     Densities are computed first; a sample whose weight along its ray is below ``color_threshold`` gets colour 0 and costs
     no colour network. With a gauge the grid is aligned to the rotated world and covers the rotated box.
 
+    Inside the box the density is small but never 0. Implicitron's ``EmissionAbsorptionRaymarcher`` lets the last sample reach to
+    its ``background_opacity``, 1e10 by default, so that a ray that ends there is opaque whatever it meets: set it to 0, or take
+    ``OpacityRaymarcher``.
+
     Args:
         box_min, box_max: the object's box in world units at the start; its longest side is the unit of densities, also
             after the grid was cropped.

@@ -8,6 +8,7 @@ from pytorch3d.implicitron.models.implicit_function.voxel_grid import VMFactoriz
 from pytorch3d.implicitron.models.metrics import RegularizationMetricsBase
 from pytorch3d.implicitron.models.overfit_model import OverfitModel
 from pytorch3d.implicitron.models.renderer.base import EvaluationMode, ImplicitronRayBundle
+from pytorch3d.implicitron.models.renderer.raymarcher import EmissionAbsorptionRaymarcher
 from pytorch3d.implicitron.tools.config import expand_args_fields, get_default_args
 
 import co3d_ensemble.plugin  # noqa: F401 - registers the components
@@ -200,6 +201,24 @@ def test_it_trains_inside_implicitrons_own_overfit_model():
     predictions["objective"].backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
     assert {f"loss_{name}" for name in PENALTIES} <= predictions.keys()
+
+
+def test_implicitrons_raymarcher_shows_what_ours_does_without_its_background_and_rays_that_end_inside_opaque_with_it():
+    function, rays = tensorf(density_shift=-3.0, init_std=0.1).functions[0].eval(), bundle()
+    density, color, _ = function(ray_bundle=rays)
+    expand_args_fields(EmissionAbsorptionRaymarcher)
+
+    def marched(**settings):
+        marcher = EmissionAbsorptionRaymarcher(surface_thickness=1, **settings)
+        return marcher(rays_densities=density, rays_features=color, aux={}, ray_lengths=rays.lengths)
+
+    weights, _, alpha = rendering_weights(density[..., 0], interval_lengths(rays.lengths))
+    without = marched(background_opacity=0.0)
+    torch.testing.assert_close(without.masks[..., 0], alpha)
+    torch.testing.assert_close(without.features, (weights[..., None] * color).sum(dim=-2), atol=1e-6, rtol=1e-5)
+    ends_inside = density[..., -1, 0] > 0
+    assert alpha.max() < 0.99 and ends_inside.any() and not ends_inside.all()
+    torch.testing.assert_close(marched().masks[..., 0], torch.where(ends_inside, 1.0, alpha))
 
 
 # Penalties
