@@ -25,8 +25,8 @@ HOW = (
     "that the part helps. Intervals are 95 %, mean +- t s / sqrt(n) with Student's t at n - 1 degrees of freedom. *Over cells*: n is "
     "the number of (sequence, seed) pairs, taken as independent: what to expect of other seeds on these sequences. *Over sequences*: n "
     "is the number of sequences, each the mean of its seeds: what to expect of other sequences like these. **Bold**: the interval over "
-    "cells excludes 0; with {comparisons} comparisons about {false:.1f} would do so by chance alone. *Min per cell* is training without "
-    "loading and scoring, *best at* the share of the steps after which the validation was best, whose weights are scored."
+    "cells excludes 0; with {comparisons} comparisons per metric about {false:.1f} of each would do so by chance alone. *Min per cell* is "
+    "training without loading and scoring, *best at* the share of the steps after which the validation was best, whose weights are scored."
 )
 
 
@@ -106,7 +106,7 @@ def markdown_table(rows: Sequence[RowScores]) -> str:
         cells.append(f"{fmean(row.best_share.values()):.0%}" if row.best_share else "")
         lines.append("| " + " | ".join(cells) + " |")
     notes = [f"- {row.name}: {row.note}" for row in rows if row.note]
-    count = len(found["psnr_masked"])
+    count = sum(one.over_cells.half_width is not None for one in found["psnr_masked"].values())
     how = HOW.format(comparisons=count, false=0.05 * count)
     return "\n".join([*lines, "", *notes, *([""] if notes else []), how, ""])
 

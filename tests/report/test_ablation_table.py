@@ -63,6 +63,7 @@ def test_the_markdown_table_shows_means_differences_and_what_is_missing():
 def test_one_cell_has_a_difference_without_an_interval():
     one = RowScores("one", "x", "base", scores({("a", 0): 20.5}))
     assert " +0.50 " in markdown_table([BASE, one]) and "nan" not in markdown_table([BASE, one])
+    assert "with 0 comparisons per metric" in markdown_table([BASE, one])  # what has no interval cannot exclude 0
 
 
 def test_the_table_of_sequences_is_the_mean_over_seeds():
