@@ -115,7 +115,8 @@ def test_every_row_makes_a_step_with_its_losses_and_no_other(row, scene):
     stepper = Stepper(task, config.training, deferred=False)
     stepper.run(0)  # raises where a weighted loss is not computed
     assert stepper.weights
-    assert ("loss_roi_rgb" in stepper.weights) != ("loss_rgb" in stepper.weights)
+    assert ("loss_roi_rgb" in stepper.weights) == ("full_rgb" not in row.name)
+    assert ("loss_rgb" in stepper.weights) == (row.name.split("_no_")[0].endswith(("full_rgb", "both_rgb")))
     assert ("loss_alpha_bce" in stepper.weights) == ("bce" not in row.without)
     assert (task.model.occupancy is None) == ("occupancy" in row.without)
     assert (stepper.ema is None) == ("ema" in row.without)

@@ -26,6 +26,8 @@ def bound_to_agent() -> bool:
     die_with_parent(parent, signal.SIGTERM)
     try:
         return Path(os.readlink(f"/proc/{parent}/exe")).name.startswith("python")
+    except PermissionError:  # another user's: no agent of ours, but the init that inherits orphans
+        return False
     except OSError:  # no /proc, or gone this moment
         return os.getppid() == parent
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from co3d_ensemble.fleet import session
 from co3d_ensemble.fleet.child import child_environment, start, stop
 from tests.conftest import REPOSITORY
 
@@ -72,3 +73,20 @@ def test_stopping_is_sigterm_first_and_sigkill_after_the_grace(tmp_path):
 def test_children_do_not_take_themselves_for_workers_of_torchrun():
     environment = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x", "LOCAL_RANK": "3", "PATH": "/bin"}
     assert child_environment(environment, 2) == {"PATH": "/bin", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+
+
+@pytest.mark.parametrize(
+    ("found", "alive"),
+    [("/usr/bin/python3.11", True), ("/usr/lib/systemd/systemd", False), (PermissionError(), False)],
+    ids=["agent", "init", "init of another user"],
+)
+def test_a_worker_knows_whether_its_agent_is_alive(monkeypatch, found, alive):
+    def readlink(path):
+        assert path == f"/proc/{os.getppid()}/exe"
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(session, "die_with_parent", lambda parent, number: True)
+    monkeypatch.setattr(os, "readlink", readlink)
+    assert session.bound_to_agent() is alive
