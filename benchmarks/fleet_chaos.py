@@ -176,6 +176,12 @@ def pretended(folder: Path, n_jobs: int, seed: int) -> list[str]:
     return [str(PRETEND), str(folder), f"dataset_root={folder}", "grace_seconds=5", "join_seconds=60"]
 
 
+def split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What is before ``--`` and what is after it; argparse would not take the latter once an option stands between positionals."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    return argv[:at], argv[at + 1 :]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
@@ -187,11 +193,12 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hours", type=float, default=3.0, help="give up after (default: %(default)s)")
     parser.add_argument("--real", metavar="ROOT", help="train on this data set with the settings after --")
-    parser.add_argument("settings", nargs="*")
-    options = parser.parse_args()
+    own, settings = split_at_dashes(sys.argv[1:])
+    options = parser.parse_args(own)
+    options.output.mkdir(parents=True, exist_ok=True)
     if options.real:
         real = [f"dataset_root={options.real}", "training.deterministic=true", "training.checkpoint_every_seconds=1"]
-        script = [str(TRAIN_ALL), *real, "threads=1", *options.settings]
+        script = [str(TRAIN_ALL), *real, "threads=1", *settings]
     else:
         script = pretended(options.output / "root", options.jobs, options.seed)
     generator, seconds = random.Random(options.seed), 3600 * options.hours

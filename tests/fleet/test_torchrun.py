@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from benchmarks.fleet_chaos import Agents, outcome, pretended, torment
+from benchmarks.fleet_chaos import Agents, outcome, pretended, split_at_dashes, torment
 from tests.conftest import REPOSITORY
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="agents' processes are found in /proc")
@@ -86,3 +86,8 @@ def test_what_no_job_can_help_is_one_clear_line_and_fails_no_job(script, tmp_pat
     done = alone([*script, change.format(tmp_path)], tmp_path / "out")
     assert done.returncode == 1 and told in done.stderr and "Traceback" not in done.stderr
     assert state(tmp_path / "out") == "failed" and not list(tmp_path.rglob("failed.json"))
+
+
+def test_chaos_takes_the_settings_of_real_trainings_after_dashes():
+    assert split_at_dashes(["OUT", "--real", "ROOT", "--", "experiment=ensemble"]) == (["OUT", "--real", "ROOT"], ["experiment=ensemble"])
+    assert split_at_dashes(["OUT", "--kills", "3"]) == (["OUT", "--kills", "3"], [])
