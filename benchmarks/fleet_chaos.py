@@ -148,9 +148,9 @@ def outcome(output: Path, reference: Path) -> list[str]:
             expected, found = (comparable(root / name / "results.json") for root in (reference, output))
             if expected != found:
                 wrong.append(f"{name}: {found}, undisturbed {expected}")
-            ended = output / name / "finished.log"
-            if ended.exists() and len(ended.read_text().splitlines()) != 1:
-                wrong.append(f"{name}: trained to its end {len(ended.read_text().splitlines())} times")
+            ends = times_trained_to_the_end(output / name)
+            if ends != 1:
+                wrong.append(f"{name}: trained to its end {ends} times")
     wrong += [f"left over: {path}" for path in output.rglob("*.tmp*")]
     for path in output.rglob("*.json"):
         try:
@@ -158,6 +158,16 @@ def outcome(output: Path, reference: Path) -> list[str]:
         except ValueError as error:
             wrong.append(f"{path}: {error}")
     return wrong
+
+
+def times_trained_to_the_end(run: Path) -> int:
+    """Of a pretended job, 1 for any other: one that is killed between its end and the fleet's note of it starts again at its last step,
+    which trains nothing."""
+    if not (run / "finished.log").exists():
+        return 1
+    starts = [int(line.split()[1]) for line in (run / "steps.log").read_text().splitlines() if line.startswith("start ")]
+    last = json.loads((run / "checkpoints" / "last.pt").read_text())[0]
+    return max(1, len((run / "finished.log").read_text().splitlines()) - sum(start == last for start in starts))
 
 
 def comparable(path: Path) -> Any:
