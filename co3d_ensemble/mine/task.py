@@ -135,7 +135,7 @@ class MINETask:
     def validate(self) -> dict[str, float]:
         """Mean scores of the validation pairs at fixed planes; a metric is missing where no pair has its ground truth.
 
-        The criterion is always there: NaN, which is better than nothing, where no pair has it or a pair's is not finite.
+        The criterion is always there: NaN, which no ``best.pt`` is chosen by, where no pair has it or a pair's is not finite.
         """
         tasks = PairTasks(self._val, row=self._scoring.rules.row, seed=self._training.seed)
         scored: list[tuple[int, Record]] = []
