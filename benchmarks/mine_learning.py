@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from benchmarks.common import DEFAULT_ROOT, SUBSET, circumstances, prepare
+from benchmarks.report import mine_learning_table
 from co3d_ensemble.fields.mpi_network import MPINetwork
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.depth_metrics import depth_metrics
@@ -235,6 +236,7 @@ def evaluated(row: Row, config: Any, arguments: argparse.Namespace) -> dict[str,
     result: dict[str, Any] = {"stamp": stamp, "trained_planes": row.n_planes, "baselines": found, "planes": scores}
     if row.name == BASE:
         shuffled = unseen_pairs(row, stored, arguments, shuffle=True)
+        result["shuffled_planes"] = SCORED_PLANES
         result["shuffled"] = learned(network, stored, shuffled, SCORED_PLANES, found["warp_depth"])
     ended = json.loads(run.results_path.read_text())
     validations = [{"step": record["step"], **record["metrics"]} for record in read_metrics(run.metrics_path, "validation")]
@@ -272,39 +274,6 @@ def judged(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "minutes": (base["minutes"], MINUTES, base["minutes"] <= MINUTES),
     }
     return {name: {"value": value, "bar": bar, "met": met} for name, (value, bar, met) in values.items()}
-
-
-def described(name: str, result: dict[str, Any]) -> str:
-    return f"{name}: {result['steps']} steps with {result['trained_planes']} planes"
-
-
-def number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """Markdown: the baselines of each data set, then a line per training and number of planes."""
-    lines = ["| | planes | PSNR | PSNR valid | Abs Rel | < 1.25 | minutes |", "|---|---|---|---|---|---|---|"]
-    for name, result in results.items():
-        found = result["baselines"]
-        if name == next(iter(results)) or name == CAPE:
-            where = "cape" if name == CAPE else "unseen rooms"
-            lines.append(f"| {where}: source as it is | | {number(found['psnr_copy'], 2)} | | | | |")
-            plane, oracle = number(found["psnr_warp"], 2), number(found["psnr_warp_oracle"], 2)
-            lines.append(f"| {where}: one plane, z = {found['warp_depth']:.2f} (oracle) | | {plane} ({oracle}) | | | | |")
-            if found["abs_rel_constant"] is not None:
-                constant, oracle = number(found["abs_rel_constant"], 3), number(found["abs_rel_constant_oracle"], 3)
-                lines.append(f"| {where}: one depth, {number(found['constant_depth'], 2)} (oracle) | | | | {constant} ({oracle}) | | |")
-        for n, scores in result["planes"].items():
-            own = n == next(iter(result["planes"]))
-            cells = [number(scores["psnr"], 2), number(scores["psnr_valid"], 2), number(scores["abs_rel"], 3), number(scores["delta_1"], 3)]
-            minutes = number(result["minutes"], 1) if own else ""
-            lines.append(f"| {described(name, result) if own else 'the same weights'} | {n} | {' | '.join(cells)} | {minutes} |")
-        if "shuffled" in result:
-            scores = result["shuffled"]
-            cells = [number(scores["psnr"], 2), number(scores["psnr_valid"], 2), number(scores["abs_rel"], 3), number(scores["delta_1"], 3)]
-            lines.append(f"| the same weights, looks shuffled | {SCORED_PLANES} | {' | '.join(cells)} | |")
-    return "\n".join(lines)
 
 
 def curve(results: dict[str, dict[str, Any]], path: Path) -> None:
@@ -354,7 +323,7 @@ def main(argv: Sequence[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {**circumstances("mine_learning", argv, device, arguments.machine), "scenes": arguments.scenes}
     report |= {"unseen": arguments.unseen, "rows": {name: {k: v for k, v in row.items() if k != "stamp"} for name, row in results.items()}}
-    print(table(results))
+    print("\n".join(mine_learning_table(results)))
     if BASE in results:
         report["bars"] = judged(results[BASE])
         for name, bar in report["bars"].items():

@@ -124,7 +124,64 @@ def peers_section(result: Mapping[str, Any]) -> list[str]:
     return [*lines, "Without scores:", "", *reasons, ""] if reasons else lines
 
 
-SECTIONS = {"nerf_step": step_section, "vm_step": vm_section, "time_to_quality": quality_section, "peers": peers_section}
+def mine_render_section(result: Mapping[str, Any]) -> list[str]:
+    """Of one result of mine_render.py: a row per number of planes."""
+    rows = []
+    for row in result["rows"]:
+        memory = row.get("peak_memory_mb", {})
+        cells = [str(row["planes"]), number(row["ours_s"], 3), number(row["reference_s"], 3), number(row["ratio"]), number(row["bar"], 0)]
+        cells += [number(memory.get("ours"), 0), number(memory.get("reference"), 0)]
+        cells += [number(row.get("memory_ratio")), number(row.get("memory_bar"), 0)]
+        rows.append([*cells, f"{row['difference']['float32']:.1e}"])
+    head = ["planes", "ours, s", "theirs, s", "times faster", "bar", "ours, MiB", "theirs, MiB", "times less", "bar", "differ by"]
+    title = f"MINE: one target view of {result['width']} x {result['height']}"
+    return [*heading(result, title), *table(head, rows), ""]
+
+
+def mine_learning_table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Of the rows of mine_learning.py: the baselines of each data set, then a line per training and number of planes."""
+    lines: list[list[str]] = []
+    for name, row in rows.items():
+        found = row["baselines"]
+        if name in (next(iter(rows)), "cape"):
+            where = "cape" if name == "cape" else "unseen rooms"
+            lines.append([f"{where}: source as it is", "", number(found["psnr_copy"], 2), "", "", "", ""])
+            plane = f"{number(found['psnr_warp'], 2)} ({number(found['psnr_warp_oracle'], 2)})"
+            lines.append([f"{where}: one plane, z = {found['warp_depth']:.2f} (oracle)", "", plane, "", "", "", ""])
+            if found["abs_rel_constant"] is not None:
+                constant = f"{number(found['abs_rel_constant'], 3)} ({number(found['abs_rel_constant_oracle'], 3)})"
+                lines.append([f"{where}: one depth, {number(found['constant_depth'], 2)} (oracle)", "", "", "", constant, "", ""])
+        training = f"{name}: {row['steps']} steps with {row['trained_planes']} planes"
+        for index, (n, scores) in enumerate(row["planes"].items()):
+            label, minutes = ("the same weights", "") if index else (training, number(row["minutes"]))
+            lines.append([label, n, *mine_scores(scores), minutes])
+        if "shuffled" in row:
+            lines.append(["the same weights, looks shuffled", str(row["shuffled_planes"]), *mine_scores(row["shuffled"]), ""])
+    return table(["", "planes", "PSNR", "PSNR valid", "Abs Rel", "< 1.25", "minutes"], lines)
+
+
+def mine_scores(scores: Mapping[str, float | None]) -> list[str]:
+    digits = {"psnr": 2, "psnr_valid": 2, "abs_rel": 3, "delta_1": 3}
+    return [number(scores[name], of) for name, of in digits.items()]
+
+
+def mine_learning_section(result: Mapping[str, Any]) -> list[str]:
+    """Of one result of mine_learning.py: its table, and each bar with what was reached."""
+    lines = [*heading(result, f"MINE: learning, {result['scenes']} rooms for training, {result['unseen']} unseen")]
+    lines += [*mine_learning_table(result["rows"]), ""]
+    for name, bar in result.get("bars", {}).items():
+        lines.append(f"- {name}: {bar['value']:.3f}, bar {bar['bar']:g}: {'met' if bar['met'] else 'NOT met'}")
+    return [*lines, ""]
+
+
+SECTIONS = {
+    "nerf_step": step_section,
+    "vm_step": vm_section,
+    "time_to_quality": quality_section,
+    "peers": peers_section,
+    "mine_render": mine_render_section,
+    "mine_learning": mine_learning_section,
+}
 
 
 def figures(results: Sequence[Mapping[str, Any]]) -> str:

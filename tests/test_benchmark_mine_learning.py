@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import mine_learning
+from benchmarks import mine_learning, report
 
 
 def scores(psnr: float, abs_rel: float) -> dict:
@@ -17,7 +17,8 @@ def base(psnr: float = 18.5, abs_rel: float = 0.2, shuffled: float = 0.22, minut
     found = {"psnr_copy": 14.0, "psnr_warp": 16.0, "psnr_warp_oracle": 17.0, "abs_rel_constant": 0.5, "abs_rel_constant_oracle": 0.4}
     found |= {"warp_depth": 4.0, "constant_depth": 3.0}
     planes = {"8": scores(10.0, 1.0), "16": scores(psnr, abs_rel)}
-    return {"trained_planes": 8, "steps": 5, "baselines": found, "planes": planes, "shuffled": scores(psnr, shuffled), "minutes": minutes}
+    learned = {"planes": planes, "shuffled": scores(psnr, shuffled), "shuffled_planes": 16}
+    return {"trained_planes": 8, "steps": 5, "baselines": found, **learned, "minutes": minutes}
 
 
 def test_bars_are_met_at_their_edge_and_missed_beyond():
@@ -31,7 +32,9 @@ def test_bars_are_met_at_their_edge_and_missed_beyond():
 
 
 def test_the_table_has_baselines_oracles_and_every_number_of_planes():
-    shown = mine_learning.table({"rooms": base()})
+    result = {"rows": {"rooms": base()}, "bars": mine_learning.judged(base()), "scenes": 600, "unseen": 20}
+    result |= {"benchmark": "mine_learning", "machine": "m", "device": "cpu", "threads": 2, "torch": "2", "pytorch3d": "0", "command": "c"}
+    shown = report.figures([result])
     for part in (
         "14.00",
         "16.00 (17.00)",
@@ -40,6 +43,7 @@ def test_the_table_has_baselines_oracles_and_every_number_of_planes():
         "| the same weights | 16 | 18.50",
         "looks shuffled",
         "20.0 |",
+        "- psnr_gain_db: 2.500, bar 2: met",
     ):
         assert part in shown
 
@@ -49,6 +53,7 @@ def test_a_toy_run_reports_and_is_not_repeated(tmp_path, capsys, monkeypatch):
     command = ["--output", str(tmp_path / "out"), "--json", str(tmp_path / "result.json"), "--toy", "--rows", "rooms", "--override"]
     command += ["training.progress=false"]
     assert mine_learning.main(command) == 0
+    assert "| rooms: 2 steps with 8 planes | 8 |" in capsys.readouterr().out
     first = json.loads((tmp_path / "result.json").read_text())
     assert list(first["rows"]) == ["rooms"] and set(first["bars"]) == set(mine_learning.judged(base()))
     assert first["rows"]["rooms"]["steps"] == 2 and first["rows"]["rooms"]["planes"].keys() == {"8", "16", "32"}

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import mine_render
+from benchmarks import mine_render, report
 
 SIZES = ["--planes", "2", "5", "--width", "64", "--height", "48", "--device", "cpu", "--repeats", "2"]
 
@@ -22,6 +22,7 @@ def test_it_writes_its_figures(tmp_path, capsys):
         assert 0 < row["difference"]["float32"] <= 1e-5 and row["difference"]["float64"] <= 1e-9
         assert len(row["samples_s"]["ours"]) == 2
     assert "difference at most 1e-05" in capsys.readouterr().out
+    assert "### MINE: one target view of 64 x 48" in report.figures([result])
 
 
 def test_memory_is_measured_above_the_multiplane_image():
