@@ -97,7 +97,7 @@ def read_clip_pairs(path: Path | str, clips: Mapping[str, ClipFrames]) -> tuple[
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     pairs, n_missing = [], 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         if not line.strip():
             continue
         try:

@@ -131,7 +131,9 @@ def _camera(model: str, width: int, height: int, parameters: list[float], where:
     if model not in MODELS:
         raise ValueError(f"{where}: camera model {model} is not supported; supported are {', '.join(MODELS)}")
     names = MODELS[model][1]
-    if len(parameters) != len(names) or width < 1 or height < 1 or parameters[0] <= 0:
+    n_focal = sum(name.startswith("f") for name in names)
+    sizes = (width, height, *parameters[:n_focal])
+    if len(parameters) != len(names) or not np.isfinite(parameters).all() or min(sizes) <= 0:
         raise ValueError(f"{where}: {model} needs a size and {', '.join(names)}, found {width}x{height} and {parameters}")
     return ColmapCamera(model, height, width, dict(zip(names, parameters)))
 
@@ -225,9 +227,11 @@ class _Bytes:
             raise struct.error(f"the file ends {self.position - len(self.data)} bytes too early")
 
     def text(self) -> str:
-        end = self.data.index(b"\0", self.position) if b"\0" in self.data[self.position :] else len(self.data)
+        end = self.data.find(b"\0", self.position)
+        if end < 0:
+            raise struct.error("the file ends in a name")
         value = self.data[self.position : end].decode("utf-8")
-        self.skip(end + 1 - self.position)
+        self.position = end + 1
         return value
 
 

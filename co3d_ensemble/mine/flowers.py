@@ -25,7 +25,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from co3d_ensemble.mine.pairs import Pair
-from co3d_ensemble.mine.pictures import check_settings, existing_folder, fit_size, picture_size, read_picture
+from co3d_ensemble.mine.pictures import check_settings, existing_folder, fit_size, picture_size, read_picture, text_lines
 from co3d_ensemble.mine.views import View, make_pair
 
 LENSLET = 14  # pixels behind each lens, in each direction
@@ -141,8 +141,11 @@ def _split(root: Path, split: str) -> list[Path]:
     cut at 70 and 85 per cent."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r}: expected one of {', '.join(SPLITS)}")
-    if all((root / name).is_file() for name in LISTS):
-        train, test = ([root / line for line in (root / name).read_text(encoding="utf-8").splitlines() if line] for name in LISTS)
+    missing = [name for name in LISTS if not (root / name).is_file()]
+    if len(missing) == 1:
+        raise FileNotFoundError(f"{root / missing[0]} is missing: the published split is {' and '.join(LISTS)}")
+    if not missing:
+        train, test = ([root / line for line in text_lines(root / name)] for name in LISTS)
         held_out = train[::VAL_EVERY]
         return {"train": [path for i, path in enumerate(train) if i % VAL_EVERY], "val": held_out, "test": test}[split]
     paths = sorted(path for path in root.rglob("*") if path.suffix.lower() == ".png")

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from co3d_ensemble.mine.depth_pairs import MATLAB_PIXEL, depth_pair, read_matlab5
 from co3d_ensemble.mine.pairs import Pair
-from co3d_ensemble.mine.pictures import check_settings
+from co3d_ensemble.mine.pictures import check_settings, text_lines
 
 LIST_FILE = "imagelist.txt"
 FOLDERS = ("", "gt_depth", "ibims1_core_mat")
@@ -48,7 +48,7 @@ class IBims(Dataset[Pair]):
         path = next((path for path in lists if path.is_file()), None)
         if path is None:
             raise FileNotFoundError(f"{lists[0]} is missing")
-        names = path.read_text(encoding="utf-8").split()
+        names = text_lines(path)
         if not names:
             raise ValueError(f"{path}: empty, expected a name per line")
         self._paths = [_found(Path(root), name) for name in names]

@@ -136,6 +136,14 @@ def pictures_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
 
 
+def text_lines(path: Path) -> list[str]:
+    """Lines of a text file that are not empty, without the space around them; ValueError with the path where it is no UTF-8."""
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file: {error}") from error
+
+
 def numbers(words: Sequence[str], where: str) -> list[float]:
     """Finite floats, or ValueError with ``where`` (file and line) and the word that is none."""
     values = []

@@ -38,13 +38,14 @@ def read_ply_points(path: Path) -> Tensor:
     lines = [line.split() for line in header.decode("ascii", "replace").splitlines()]
     if not separator or not lines or lines[0] != ["ply"]:
         raise ValueError(f"{path}: not a PLY file")
-    layout = next((line[1] for line in lines if line[:1] == ["format"]), "")
+    layout = next((line[1] for line in lines if line[:1] == ["format"] and len(line) > 1), "")
     elements = [i for i, line in enumerate(lines) if line[:1] == ["element"]]
-    if layout not in _FORMATS or not elements or lines[elements[0]][1] != "vertex":
-        raise ValueError(f"{path}: expected vertices first, in one of the formats {', '.join(_FORMATS)}")
-    n = int(lines[elements[0]][2])
+    first = lines[elements[0]] if elements else []
+    if layout not in _FORMATS or first[1:2] != ["vertex"] or len(first) != 3 or not first[2].isdigit():
+        raise ValueError(f"{path}: expected vertices first, and their number, in one of the formats {', '.join(_FORMATS)}")
+    n = int(first[2])
     end = elements[1] if len(elements) > 1 else len(lines)
-    properties = [line[1:] for line in lines[elements[0] + 1 : end] if line[:1] == ["property"]]
+    properties = [line[1:] for line in lines[elements[0] + 1 : end] if line[:1] == ["property"] and len(line) > 1]
     names = [entry[-1] for entry in properties]
     if not {"x", "y", "z"} <= set(names) or any(entry[0] not in _TYPES for entry in properties):
         raise ValueError(f"{path}: vertices need the scalar properties x, y, z; they have {', '.join(names)}")

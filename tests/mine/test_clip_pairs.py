@@ -74,10 +74,12 @@ def test_pairs_whose_clip_or_frames_are_gone_are_counted(tmp_path):
         read_clip_pairs(path, TIMES)
 
 
-@pytest.mark.parametrize("line", ["aa 1 2 3", "aa 1 2 x 4", "aa 1 2 3 -4", '{"sequence_id": "aa"}', "{broken", '{"sequence_id": 3}'])
+@pytest.mark.parametrize(
+    "line", ["aa 1 2 3", "aa 1 2 x 4", "aa 1 2 3 -4", '{"sequence_id": "aa"}', "{broken", '{"sequence_id": 3}', "\xff\xfe"]
+)
 def test_a_line_of_another_form_is_named(tmp_path, line):
     path = tmp_path / "pairs.txt"
-    path.write_text(f"aa 3 8 13 1\n{line}\n")
+    path.write_text(f"aa 3 8 13 1\n{line}\n", encoding="latin-1")
     with pytest.raises(ValueError, match=r"pairs.txt:2: not a line of a pair list"):
         read_clip_pairs(path, TIMES)
 

@@ -73,6 +73,7 @@ def test_a_missing_or_truncated_file_is_named(tmp_path, binary, name):
         ("cameras", "21.0 22.0", "21.0", "cameras.txt, line 4: PINHOLE needs"),
         ("cameras", "21.0", "nan", "cameras.txt, line 4: 'nan' is not a finite number"),
         ("cameras", "35.0", "-35.0", "cameras.txt, line 3: SIMPLE_RADIAL needs"),
+        ("cameras", "22.0", "-22.0", "cameras.txt, line 4: PINHOLE needs"),
         ("images", "1.5 2.5 11", "1.5 11", "images.txt, line 3: expected X Y POINT3D_ID"),
         ("images", "0.1 0.2 0.3 3", "inf 0.2 0.3 3", "images.txt, line 2: 'inf'"),
         ("images", "0.1 0.2 0.3 3", "0.1 0.2 0.3 4", "images.txt: image b.jpg has camera 4, which .*cameras.txt lacks"),
@@ -87,6 +88,13 @@ def test_a_malformed_line_is_named(tmp_path, name, old, new, message):
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(ValueError, match=message):
+        read_colmap_model(folder)
+
+
+@pytest.mark.parametrize("parameters", [[math.nan, 22.0, 10.0, 5.0], [21.0, 0.0, 10.0, 5.0], [21.0, 22.0, math.inf, 5.0]])
+def test_a_camera_of_a_binary_file_that_is_none_is_named(tmp_path, parameters):
+    folder = write_colmap(tmp_path, {1: ("PINHOLE", 20, 10, parameters)}, [], {}, binary=True)
+    with pytest.raises(ValueError, match="cameras.bin: PINHOLE needs"):
         read_colmap_model(folder)
 
 

@@ -77,6 +77,9 @@ def test_published_lists_are_the_split(tmp_path):
     (tmp_path / "test.list").write_text("imgs/gone.png\n")
     with pytest.raises(FileNotFoundError, match="gone.png is missing"):
         Flowers(tmp_path, split="test", **SIZE)
+    (tmp_path / "test.list").unlink()
+    with pytest.raises(FileNotFoundError, match="test.list is missing: the published split is train.list and test.list"):
+        Flowers(tmp_path, split="train", **SIZE)
 
 
 def test_views_are_the_middle_ones_brightened(tmp_path):

@@ -87,6 +87,9 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     (root / "imagelist.txt").write_text("\n")
     with pytest.raises(ValueError, match="imagelist.txt: empty"):
         IBims(root, **SIZE)
+    (root / "imagelist.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="imagelist.txt: not a text file"):
+        IBims(root, **SIZE)
 
 
 def test_without_scipy_the_extra_is_named(tmp_path, monkeypatch):

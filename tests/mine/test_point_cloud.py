@@ -41,6 +41,9 @@ def test_a_damaged_ply_file_is_named(tmp_path, layout):
         (whole[:40], "a.ply: not a PLY"),
         (whole.replace(b"property float y", b"property float q"), "a.ply: vertices need"),
         (whole.replace(b"element vertex", b"element thing"), "a.ply: expected vertices first"),
+        (whole.replace(b"element vertex 3", b"element vertex many"), "a.ply: expected vertices first, and their number"),
+        (whole.replace(b"element vertex 3", b"element vertex"), "a.ply: expected vertices first, and their number"),
+        (whole.replace(f"format {layout} 1.0".encode(), b"format"), "a.ply: expected vertices first"),
     ]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
