@@ -44,7 +44,8 @@ def depth_metrics(
     """All depth metrics of one picture, in float64.
 
     RMSE is sqrt(mean (d - d*)^2), RMSE log the same of natural logarithms, Abs Rel mean |d - d*| / d*, Sq Rel mean (d - d*)^2 / d*,
-    log10 mean |log10 d - log10 d*|, delta_k the share of pixels with max(d / d*, d* / d) < 1.25^k.
+    log10 mean |log10 d - log10 d*|, delta_k the share of pixels with max(d / d*, d* / d) < 1.25^k. The slides' tables call the last
+    sigma_k and give no base of the logarithm, no thresholds (1.25^k are Eigen's) and no formula of log10 (the field's usual one).
 
     Args:
         predicted: z > 0, any unit unless ``align`` is "none", shape (..., H, W).

@@ -29,7 +29,8 @@ class MPIView:
             Equation (7) does not divide; its Z is too small wherever the planes are not opaque, which is why the reference
             divides too. Shape (B, 1, H, W).
         alpha: ``sum_i T_i (1 - exp(-sigma_i delta_i))``, shape (B, 1, H, W).
-        disparity: 1 / depth, 0 where depth is 0, shape (B, 1, H, W).
+        disparity: the slides' D, for which they have no equation: 1 / depth as in the reference, not ``sum w_i / z_i``;
+            0 where depth is 0, shape (B, 1, H, W).
         transmittance: T_i of equation (2) (source views), shape (B, N, 1, H, W); None in target views.
         valid: target pixels that at least two planes fall on from inside the source picture, bool, shape (B, 1, H, W);
             None in source views.
@@ -46,7 +47,8 @@ class MPIView:
 def plane_distances(depth: Tensor, K: Tensor, height: int, width: int) -> Tensor:
     """Equations (3) and (4): ``delta_i(x, y) = ||C(x, y, z_{i+1}) - C(x, y, z_i)||``, the last one 1e3.
 
-    Back-projection is linear in z, so this is ``(z_{i+1} - z_i) ||K^-1 (x, y, 1)||``.
+    Back-projection is linear in z, so this is ``(z_{i+1} - z_i) ||K^-1 (x, y, 1)||``. Equation (4) has no value for the last
+    plane, behind which there is none; ``LAST_DISTANCE`` is the reference's.
 
     Args:
         depth: ascending, shape (B, N).

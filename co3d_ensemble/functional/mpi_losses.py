@@ -60,8 +60,9 @@ def ssim_loss(rgb: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor
 def edge_aware_smoothness(disparity: Tensor, image: Tensor) -> Tensor:
     """Mean of ``|d_x D*| exp(-|d_x I|)`` plus mean of ``|d_y D*| exp(-|d_y I|)``, ``D* = D / mean D`` per picture.
 
-    The slides' L_smooth, the reference's second form (its ``smoothness_lambda_v2``). Derivatives are differences of
-    neighbouring pixels, ``|d I|`` is the mean over the channels.
+    The slides' L_smooth, the reference's second form (its ``smoothness_lambda_v2``). What the slide leaves open is as in the
+    reference: D* (the mean takes the unit out), derivatives as differences of neighbouring pixels, ``|d I|`` as the mean over the
+    channels, means over the pixels of each axis, and one loss of the source view and one of the target's.
 
     Args:
         disparity: >= 0, shape (B, 1, H, W).
@@ -147,7 +148,7 @@ def log_disparity_loss(disparity: Tensor, points: Tensor, scale: Tensor) -> Tens
     """``1 / |P| sum |ln(D / s) - ln(1 / z)|``, mean over the pictures that have points; 0, with gradient 0, without any.
 
     The slide forgets the absolute value: as written the source's sum is 0 by the choice of s. The slide's L_d is half of the
-    source's and half of the target's.
+    source's and half of the target's; here they are two losses with a weight each, and 1 and 1 are the slide's ``lambda_d = 2``.
 
     Args:
         disparity: shape (B, 1, H, W).
