@@ -36,6 +36,13 @@ def test_every_metric_is_its_formula_written_as_a_loop():
         assert result[name] == pytest.approx(value, rel=1e-12), name
 
 
+def test_a_ratio_that_equals_the_threshold_is_not_below_it():
+    """delta < thr, not <=: the powers of 5/4 and their quotients have no rounding."""
+    predicted, truth = torch.tensor([[1.0, 1.25, 1.5625, 1.0]]), torch.tensor([[1.25, 1.0, 1.0, 1.953125]])
+    result = depth_metrics(predicted, truth, align="none")
+    assert (result["delta_1"], result["delta_2"], result["delta_3"]) == (0, 0.5, 0.75)
+
+
 @pytest.mark.parametrize(
     ("align", "factor"),
     [

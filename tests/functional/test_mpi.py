@@ -118,15 +118,18 @@ def test_an_analytic_stack_of_planes_with_linear_textures_is_rendered_exactly():
     assert_equal_to_rays(render(arguments), rays, 3)
 
 
-def test_the_source_view_is_what_rays_from_the_source_camera_see():
+@pytest.mark.parametrize("mode", ["sigma", "alpha"])
+def test_the_source_view_is_what_rays_from_the_source_camera_see(mode):
     arguments = scene(target=SOURCE)
+    if mode == "alpha":
+        arguments["sigma"] = arguments["sigma"] / 2
     identity = {"R": torch.eye(3, dtype=F64).expand(2, 3, 3), "t": torch.zeros(2, 3, dtype=F64), "K_target": arguments["K_source"]}
-    rgb, z, alpha, _ = cast({**arguments, **identity})
-    view = render_source_view(arguments["rgb"], arguments["sigma"], arguments["depth"], arguments["K_source"])
+    rgb, z, alpha, _ = cast({**arguments, **identity}, mode=mode)
+    view = render_source_view(arguments["rgb"], arguments["sigma"], arguments["depth"], arguments["K_source"], mode=mode)
     torch.testing.assert_close(view.rgb, rgb, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(view.depth, z / alpha, rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(view.alpha, alpha, rtol=1e-9, atol=1e-11)
-    moved = render(arguments, **identity)
+    moved = render(arguments, **identity, mode=mode)
     torch.testing.assert_close(moved.rgb, view.rgb)
     torch.testing.assert_close(moved.disparity, view.disparity)
     assert moved.valid.all()
@@ -158,6 +161,37 @@ def test_compositing_is_the_formula_written_as_a_loop():
         assert z[0, 0, 0, column].item() == pytest.approx(sum(w[i] * depth[0, i].item() for i in range(5)), rel=1e-12)
 
 
+def test_opacities_composite_as_products_of_what_passes_written_as_a_loop():
+    """C = sum T_i alpha_i c_i with T_i = prod_{j<i} (1 - alpha_j), the slides' volume rendering; densities have 1 - exp(-sigma delta)."""
+    rgb, sigma, delta, depth = draw(1, 5, 3, 1, 2), 3 * draw(1, 5, 1, 1, 2, seed=1), draw(1, 5, 1, 1, 2, seed=2), 1 + draw(1, 5, seed=3)
+    alpha = 1 - torch.exp(-sigma * delta)
+    image, z, weights, transmittance = of_opacities = composite(rgb, alpha, None, depth, mode="alpha")
+    for column in range(2):
+        a = alpha[0, :, 0, 0, column].tolist()
+        T = [math.prod(1 - a[j] for j in range(i)) for i in range(5)]
+        assert transmittance[0, :, 0, 0, column].tolist() == pytest.approx(T, rel=1e-12)
+        assert weights[0, :, 0, 0, column].tolist() == pytest.approx([T[i] * a[i] for i in range(5)], rel=1e-12)
+        for channel in range(3):
+            expected = sum(T[i] * a[i] * rgb[0, i, channel, 0, column].item() for i in range(5))
+            assert image[0, channel, 0, column].item() == pytest.approx(expected, rel=1e-12)
+        assert z[0, 0, 0, column].item() == pytest.approx(sum(T[i] * a[i] * depth[0, i].item() for i in range(5)), rel=1e-12)
+    torch.testing.assert_close(of_opacities, composite(rgb, sigma, delta, depth))
+
+
+@pytest.mark.parametrize("mode", ["sigma", "alpha"])
+def test_gradients_of_the_source_view_are_those_of_finite_differences(mode):
+    arguments = scene(batch=1, planes=3)
+    cut = (slice(None), slice(None), slice(None), slice(0, 2), slice(0, 3))
+    planes = [arguments["rgb"][cut], arguments["sigma"][cut] / 2, arguments["depth"], arguments["K_source"]]
+    leaves = [value.clone().requires_grad_() for value in planes]
+
+    def rendered(rgb, sigma, depth, K):
+        view = render_source_view(rgb, sigma, depth, K, mode=mode)
+        return view.rgb, view.depth, view.disparity, view.alpha, view.transmittance
+
+    assert torch.autograd.gradcheck(rendered, leaves)
+
+
 def test_blending_gives_visible_pixels_the_photographs_colour():
     rgb, image = draw(2, 3, 3, 4, 5), draw(2, 3, 4, 5, seed=1)
     T = draw(2, 3, 1, 4, 5, seed=2)
@@ -167,6 +201,14 @@ def test_blending_gives_visible_pixels_the_photographs_colour():
     b, i, c, y, x = 1, 2, 0, 3, 4
     expected = T[b, i, 0, y, x] * image[b, c, y, x] + (1 - T[b, i, 0, y, x]) * rgb[b, i, c, y, x]
     torch.testing.assert_close(blended[b, i, c, y, x], expected)
+
+
+def test_gradients_of_blended_colours_reach_the_densities_that_let_the_light_through():
+    rgb, image, T = draw(1, 2, 3, 2, 2), draw(1, 3, 2, 2, seed=1), draw(1, 2, 1, 2, 2, seed=2)
+    leaves = [value.requires_grad_() for value in (rgb, T, image)]
+    assert torch.autograd.gradcheck(blend_source, leaves)
+    blend_source(*leaves).sum().backward()
+    assert T.grad.abs().min() > 0
 
 
 def test_weighted_sums_are_those_of_the_products():

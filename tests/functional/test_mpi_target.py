@@ -55,6 +55,17 @@ def test_chunks_and_recomputation_change_neither_the_view_nor_its_gradients(way,
     assert (kept[1] != 0).any() and (kept[2] != 0).any()
 
 
+def test_without_recomputation_gradients_reach_depths_and_intrinsics_too():
+    arguments = tiny()
+    given = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    names = ("depth", "K_source", "K_target")
+
+    def rendered(*values):
+        return outputs(render({**given, **dict(zip(names, values))}, checkpoint=False))
+
+    assert torch.autograd.gradcheck(rendered, [given[name].clone().requires_grad_() for name in names])
+
+
 def test_without_recomputation_gradients_reach_the_poses_too():
     arguments = tiny()
     moved = [torch.zeros(2, 3, dtype=F64, requires_grad=True), arguments["t"].clone().requires_grad_()]

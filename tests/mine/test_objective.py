@@ -10,7 +10,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from co3d_ensemble.functional import mpi_target
 from co3d_ensemble.functional.mpi import render_source_view, render_target_view
-from co3d_ensemble.functional.mpi_losses import l1_loss, log_disparity_loss, ssim_loss
+from co3d_ensemble.functional.mpi_losses import (
+    disparity_scale,
+    edge_aware_smoothness,
+    edge_threshold_smoothness,
+    l1_loss,
+    log_disparity_loss,
+    ssim_loss,
+)
 from co3d_ensemble.mine.assembly import build_network
 from co3d_ensemble.mine.config import LOSSES
 from co3d_ensemble.mine.objective import Objective, reduced
@@ -110,6 +117,54 @@ def test_losses_are_sums_over_the_networks_scales_of_its_sizes():
     total = sum(losses.values())
     total.backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in network.parameters() if parameter.grad is not None)
+
+
+def translucent_planes(pair: Pair, scales: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Random planes at so many scales of a batch, with gradients."""
+    generator, planes = torch.Generator().manual_seed(5), []
+    for scale in range(scales):
+        size = (-(-pair.source.shape[-2] // 2**scale), -(-pair.source.shape[-1] // 2**scale))
+        rgb, sigma = (torch.rand(2, 4, channels, *size, generator=generator) for channels in (3, 1))
+        planes.append((rgb.requires_grad_(), sigma.requires_grad_()))
+    return planes
+
+
+@pytest.mark.parametrize("blend", [True, False])
+def test_every_loss_compares_its_own_view_and_picture_in_the_unit_of_the_full_scale(blend):
+    """Each loss as the slides have it, of views that are rendered here, step by step; with their gradients."""
+    pair, disparity = random_batch(), torch.tensor([[0.9, 0.5, 0.2, 0.1]]).expand(2, 4)
+    planes, unit = translucent_planes(pair, 3), None
+    losses = Objective(ALL, blend=blend, smoothness_gmin=0.5, smoothness_ratio=0.4).losses(planes, disparity, pair)
+    expected = dict.fromkeys(LOSSES, torch.zeros(()))
+    for scale, (rgb, sigma) in enumerate(planes):
+        small = reduced(pair, scale)
+        source = render_source_view(rgb, sigma, 1 / disparity, small.K_source)
+        if blend:
+            T = source.transmittance
+            rgb = T * small.source[:, None] + (1 - T) * rgb
+        if unit is None:
+            unit = disparity_scale(source.disparity, pair.source_points)
+        shared = {"K_source": small.K_source, "K_target": small.K_target, "R": pair.R, "t": pair.t / unit.detach()[:, None]}
+        height, width = small.target.shape[-2:]
+        target = render_target_view(rgb, sigma, 1 / disparity, **shared, height=height, width=width)
+        found = {
+            "loss_rgb_target": l1_loss(target.rgb, small.target, target.valid),
+            "loss_ssim_target": ssim_loss(target.rgb, small.target, target.valid),
+            "loss_smooth_v2_source": edge_aware_smoothness(source.disparity, small.source),
+            "loss_smooth_v2_target": edge_aware_smoothness(target.disparity, small.target),
+            "loss_disparity_source": log_disparity_loss(source.disparity, small.source_points, unit),
+            "loss_disparity_target": log_disparity_loss(target.disparity, small.target_points, unit),
+        }
+        if scale == 0:
+            found["loss_smooth_v1_target"] = edge_threshold_smoothness(target.disparity, pair.target, edge_ratio=0.4, min_gradient=0.5)
+        expected = {name: value + found.get(name, 0) for name, value in expected.items()}
+    leaves = [part for mpi in planes for part in mpi]
+    assert losses.keys() == expected.keys()
+    for name, value in expected.items():
+        assert value > 0, name
+        torch.testing.assert_close(losses[name], value, msg=lambda text, name=name: f"{name}: {text}")
+        gradients = (torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True) for loss in (losses[name], value))
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6, msg=lambda text, name=name: f"gradient of {name}: {text}")
 
 
 def test_only_what_has_a_name_is_computed_and_v1_only_at_the_full_scale():

@@ -223,6 +223,18 @@ def test_finer_planes_alpha_and_the_references_schedule_train(tmp_path):
     assert [line["lr"]["encoder"] for line in lines] == pytest.approx([1e-3, 1e-4])
 
 
+def test_every_step_draws_a_plane_in_each_interval_of_disparity_for_each_picture(monkeypatch):
+    config, seen = compose_mine(overrides("unused", training__multi_scale="false")), []
+    monkeypatch.setattr(Objective, "losses", lambda self, planes, disparity, pair: seen.append(disparity) or {})
+    task = MINETask(config, config.training, *open_pairs(config), device=torch.device("cpu"))
+    for step in (0, 1):
+        task.losses(task.batch(step))
+    drawn = torch.cat(seen).double()
+    edges = torch.linspace(config.model.near_disparity, config.model.far_disparity, 4, dtype=torch.float64)
+    assert drawn.shape == (4, 3) and ((drawn <= edges[:-1] + 1e-6) & (drawn >= edges[1:] - 1e-6)).all()
+    assert drawn.unique().numel() == 12
+
+
 def test_a_score_that_is_no_number_is_named_and_makes_no_checkpoint_the_best(tmp_path, monkeypatch, caplog):
     validations = []
 

@@ -243,8 +243,24 @@ def test_fine_planes_are_added_where_the_surface_is(training):
     assert len(found) == 3 + 4 and found == sorted(found, reverse=True) and model.network.calls == 1
     if not training:  # between the middles of the coarse planes 0.6, 0.4 and 0.2, at equal steps
         assert found == pytest.approx([0.6, 0.475, 0.425, 0.4, 0.375, 0.325, 0.2])
+    else:  # drawn, coarse ones included
+        assert not any(plane == pytest.approx(centre) for plane in found for centre in (0.6, 0.4, 0.2))
     with pytest.raises(ValueError, match="n_fine_planes=-1"):
         build_mine_model(encoder="resnet18", n_fine_planes=-1)
+
+
+@pytest.mark.parametrize("blend_source", [True, False])
+def test_what_the_photograph_sees_has_its_colours_and_without_blending_the_networks(blend_source):
+    class Grey(Wall):
+        def decode(self, image, disparity, **how):
+            ((rgb, sigma),) = super().decode(image, disparity, **how)
+            return [(torch.full_like(rgb, 0.25), sigma)]
+
+    model, frame = wall_model(foreground=False, blend_source=blend_source), photograph(SOURCE)
+    model.network = Grey()
+    model.set_sources([frame])
+    expected = frame.rgb.float() / 255 if blend_source else torch.full((3, HEIGHT, WIDTH), 0.25)
+    torch.testing.assert_close(model.render_view(SOURCE).rgb, expected, atol=1e-4, rtol=0)
 
 
 def test_the_nearest_photograph_is_shown_and_those_of_other_sequences_never():
