@@ -94,5 +94,7 @@ def _clips(dataset: Any, settings: Any) -> tuple[ClipTasks, list[str]]:
             raise ValueError(f"none of {len(clips)} clips has a frame with others within 5 lines after it")
     else:
         pairs, n_missing = read_clip_pairs(settings.pair_list, clips)
-        notes = [f"pairs: {len(pairs)} of {len(pairs) + n_missing} of {settings.pair_list}, the others' clips or frames are not there"]
+        notes = [
+            f"pairs: {len(pairs)} of {len(pairs) + n_missing} of {settings.pair_list}, the others' clips, frames or points are not there"
+        ]
     return ClipTasks(dataset.clip_view, pairs, n_points=dataset.n_points, seed=settings.seed), notes

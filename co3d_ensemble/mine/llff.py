@@ -79,6 +79,9 @@ class LLFF(ViewPairs):
         self.height, self.width, self.fit = height, width, fit
         folders = _scene_folders(existing_folder(Path(root), "LLFF scenes"), scenes)
         self._models = [read_colmap_model(_model_folder(folder)) for folder in folders]
+        pointless = next((model.path for model in self._models if not any(image.point_ids for image in model.images)), None)
+        if n_points and pointless:
+            raise ValueError(f"{pointless}: none of its images sees a point; n_points=0 does without")
         self._names = [folder.name for folder in folders]
         self._paths = [_pictures(folder / images, model, check) for folder, model in zip(folders, self._models)]
         self._pairs: list[tuple[tuple[int, int], list[tuple[int, int]]]] = []

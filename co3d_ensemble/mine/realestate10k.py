@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from co3d_ensemble.mine.colmap import is_colmap_model, read_colmap_model
+from co3d_ensemble.mine.clip_model import points_by_frame
+from co3d_ensemble.mine.colmap import is_colmap_model
 from co3d_ensemble.mine.pictures import (
     CHECKS,
     check_rotation,
@@ -41,6 +42,7 @@ COLUMNS = 19
 SAMPLE = "sample"  # the check that opens one picture per clip: there are tens of thousands of clips and millions of pictures
 MODELS_KEPT = 64  # COLMAP models in memory
 POINTS_SCRIPT = "launch/make_realestate10k_points.py"
+MODEL_FOLDER = "sparse"  # beside the frames
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,8 @@ class RealEstate10K(ViewPairs):
         max_frame_distance: targets lie at most this many lines of the camera file away (the protocol's "random": 30).
         frame_distance: targets lie exactly this many lines later (the protocol's n = 5 and n = 10), instead.
         sources_per_clip: that many evenly spread frames of each clip are sources; None: every one that has a target.
-        n_points: sparse points per picture from the COLMAP model beside the clip's frames; 0: none.
+        n_points: sparse points per picture from the COLMAP model beside the clip's frames; 0: none. Clips without a model are
+            left out with a warning, unless all are.
         check: of the pictures, all at once before anything else: ``sample`` opens the header of the first one of each clip, ``headers``
             that of every picture and ``decode`` reads all of it, both long on a network file system; ``none`` and all others look
             that the pictures are there. A damaged one that the check did not open is an error where it is read.
@@ -231,15 +234,11 @@ class RealEstate10K(ViewPairs):
             raise FileNotFoundError(f"{frames}: no clip has two frames named <clip>/<timestamp>.jpg or .png")
         if dropped:
             logger.warning("%d of %d clips have fewer than two frames in %s, such as %s", len(dropped), len(files), frames, dropped[0].name)
-        for clip in clips:
-            if check != "none":
-                for path in (clip.frame(0),) if check == SAMPLE else clip.frames:
-                    picture_size(path, check)
-            folder = clip.folder / "sparse"
-            if self.n_points and not is_colmap_model(folder):
-                raise FileNotFoundError(
-                    f"{folder} has no COLMAP model, and the camera files carry no points: {POINTS_SCRIPT} makes it, or n_points=0"
-                )
+        if self.n_points:
+            clips = _with_models(clips)
+        for clip in clips if check != "none" else []:
+            for path in (clip.frame(0),) if check == SAMPLE else clip.frames:
+                picture_size(path, check)
         return clips
 
     def _targets(self, clip: Clip, source: int) -> list[int]:
@@ -267,7 +266,22 @@ class RealEstate10K(ViewPairs):
             if len(self._models) == MODELS_KEPT:
                 self._models.pop(next(iter(self._models)))
             clip = self._clips[clip_index]
-            model = read_colmap_model(clip.folder / "sparse")
-            seen = {image.name: model.xyz[[model.rows[i] for i in image.point_ids]].reshape(-1, 3) for image in model.images}
-            self._models[clip_index] = {path.name: seen.get(path.name, model.xyz[:0]) for path in clip.frames}
+            poses = {path.name: pose for path, pose in zip(clip.frames, clip.poses)}
+            self._models[clip_index] = points_by_frame(clip.folder / MODEL_FOLDER, poses)
         return self._models[clip_index]
+
+
+def _with_models(clips: Sequence[Clip]) -> list[Clip]:
+    """Those with a COLMAP model: of many clips a few have too little texture or movement to triangulate a point."""
+    found, lacking = [], []
+    for clip in clips:
+        (found if is_colmap_model(clip.folder / MODEL_FOLDER) else lacking).append(clip)
+    if not found:
+        raise FileNotFoundError(
+            f"{lacking[0].folder / MODEL_FOLDER} has no COLMAP model, and the camera files carry no points: "
+            f"{POINTS_SCRIPT} makes it, or n_points=0"
+        )
+    if lacking:
+        told = "%d of %d clips have no COLMAP model in %s/, such as %s, and are left out: %s makes it, n_points=0 does without"
+        logger.warning(told, len(lacking), len(clips), MODEL_FOLDER, lacking[0].name, POINTS_SCRIPT)
+    return found

@@ -153,6 +153,15 @@ def test_bad_settings_are_named(tmp_path, settings):
         LLFF(tmp_path, **{**SIZE, **settings})
 
 
+def test_a_model_without_points_is_named_where_points_are_wanted(tmp_path):
+    root = write_scene(tmp_path, n=3, binary=False)
+    images = root / "fern/sparse/0/images.txt"
+    images.write_text("\n".join(line if "IMG" in line else "" for line in images.read_text().splitlines()))
+    with pytest.raises(ValueError, match="fern/sparse/0: none of its images sees a point; n_points=0"):
+        LLFF(root, n_points=8, **SIZE)
+    assert LLFF(root, n_points=0, **SIZE)[0].source_points is None
+
+
 def test_one_photograph_is_no_pair(tmp_path):
     with pytest.raises(ValueError, match="no scene has two photographs for split='train'"):
         LLFF(write_scene(tmp_path, n=2), **SIZE)

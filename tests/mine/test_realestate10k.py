@@ -119,6 +119,49 @@ def test_points_without_a_model_are_an_error_that_names_the_script(tmp_path):
         RealEstate10K(tmp_path, n_points=8, **SIZE)
 
 
+def write_model(root, name, *, prefix="", moved=0.0, turned=0.0, sees=(4,)):
+    """A model of a clip of three frames whose cameras are moved and turned from the clip's."""
+    turn = so3_exp(torch.tensor([0.0, turned, 0.0], dtype=torch.float64)).numpy()
+    names = [f"{prefix}{timestamp(i)}.{'png' if i % 2 else 'jpg'}" for i in range(3)]
+    features = [(1.0, 1.0, key) for key in sees]
+    images = [(i + 1, names[i], 1, turn @ pose(i)[:, :3], turn @ pose(i)[:, 3] + moved, features) for i in range(3)]
+    write_colmap(
+        root / "frames/train" / name / "sparse", {1: ("PINHOLE", W, H, [57.0, 57.0, 32.0, 16.0])}, images, {4: (0.2, 0.1, 4.0)}, binary=True
+    )
+
+
+def test_clips_without_a_model_are_left_out_and_said(tmp_path, caplog):
+    for name in ("a", "b", "c"):
+        write_clip(tmp_path, name, n=3)
+    write_model(tmp_path, "b")
+    with caplog.at_level(logging.WARNING):
+        pairs = RealEstate10K(tmp_path, n_points=8, **SIZE)
+    assert list(pairs.clips) == ["b"] and pairs[0].source_points.any()
+    assert "2 of 3 clips have no COLMAP model in sparse/, such as a" in caplog.text
+    assert list(RealEstate10K(tmp_path, **SIZE).clips) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prefix": "frame_"}, "none of its 3 images, such as frame_62000000.jpg, has the name of one of the clip's frames"),
+        ({"sees": ()}, "none of the clip's 3 frames sees a point"),
+        ({"moved": 3.0}, "its camera of 62000000.jpg is not the clip's"),
+        ({"turned": 0.2}, "its camera of 62000000.jpg is not the clip's"),
+        ({"moved": 1e-3, "turned": 1e-3}, None),
+    ],
+)
+def test_a_model_that_is_not_of_the_clip_is_named(tmp_path, changes, message):
+    write_clip(tmp_path, n=3)
+    write_model(tmp_path, "0a1b", **changes)
+    pairs = RealEstate10K(tmp_path, n_points=8, **SIZE)
+    if message is None:  # refined a little
+        assert pairs[0].source_points.any()
+        return
+    with pytest.raises(ValueError, match=f"0a1b/sparse: {message}"):
+        pairs[0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,0 +1,54 @@
+"""The COLMAP model beside a RealEstate10K clip: what every frame sees of its points, if it is a model of this clip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from co3d_ensemble.mine.colmap import ColmapModel, read_colmap_model
+
+# A model made with the clip's own cameras has them to their last digit; one that refined them is off by little. One that COLMAP made
+# from scratch has other axes and another unit: its points would have wrong depths, and nothing would tell.
+LARGEST_TURN = 0.05  # of an entry of the rotation
+LARGEST_SHIFT = 0.1  # of a camera's centre, share of the largest distance between two of the clip's
+ROUNDING = 1e-3  # in the clip's unit, in which cameras stand still to that
+
+
+def points_by_frame(folder: Path, poses: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """World positions (n, 3), float64, of the points that each frame sees; a frame that COLMAP left out sees none.
+
+    Args:
+        folder: of the model.
+        poses: (R | t) world to camera, shape (3, 4), of the clip's frames by file name.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file or folder: it cannot be read, has no frame of the clip or no point of them, or
+            has another camera than the clip for a frame.
+    """
+    model = read_colmap_model(folder)
+    _check_cameras(model, poses)
+    seen = {image.name: model.xyz[[model.rows[i] for i in image.point_ids]].reshape(-1, 3) for image in model.images}
+    found = {name: seen.get(name, model.xyz[:0]) for name in poses}
+    if not any(len(points) for points in found.values()):
+        raise ValueError(f"{folder}: none of the clip's {len(poses)} frames sees a point")
+    return found
+
+
+def _check_cameras(model: ColmapModel, poses: Mapping[str, np.ndarray]) -> None:
+    own = [image for image in model.images if image.name in poses]
+    if not own:
+        told = f", such as {model.images[0].name}," if model.images else ""
+        raise ValueError(f"{model.path}: none of its {len(model.images)} images{told} has the name of one of the clip's frames")
+    R = torch.stack([torch.from_numpy(poses[image.name][:, :3]) for image in own])
+    t = torch.stack([torch.from_numpy(poses[image.name][:, 3]) for image in own])
+    model_R, model_t = torch.stack([image.R for image in own]), torch.stack([image.t for image in own])
+    centers, model_centers = (-(turn.transpose(1, 2) @ shift[:, :, None])[..., 0] for turn, shift in ((R, t), (model_R, model_t)))
+    allowed = LARGEST_SHIFT * torch.cdist(centers, centers).max() + ROUNDING
+    off = ((model_R - R).abs().amax(dim=(1, 2)) > LARGEST_TURN) | ((model_centers - centers).norm(dim=1) > allowed)
+    if off.any():
+        name = own[int(off.nonzero()[0])].name
+        raise ValueError(f"{model.path}: its camera of {name} is not the clip's: the model must be in the clip's coordinates")
