@@ -6,6 +6,7 @@ descend, so that plane 0 is the nearest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -60,15 +61,15 @@ def explicit_disparities(
     """Disparities from a list: shape (batch, len(values)).
 
     Raises:
-        ValueError: an empty list, or one that does not descend or holds a value that is not above 0.
+        ValueError: an empty list, or one that does not descend or holds a value that is not above 0 and finite.
     """
     if not values:
         raise ValueError("disparities: expected at least one plane, got an empty list")
     for first, second in zip(values, values[1:]):
         if not first > second:
             raise ValueError(f"disparities must descend (nearest plane first), got {first} before {second}")
-    if not values[-1] > 0:
-        raise ValueError(f"disparities must be above 0, got {values[-1]}")
+    if not (values[-1] > 0 and math.isfinite(values[0])):
+        raise ValueError(f"disparities must be above 0 and finite, got {values[-1]} to {values[0]}")
     return torch.tensor(list(values), device=device, dtype=dtype).expand(batch, -1).clone()
 
 
@@ -129,5 +130,5 @@ def _within_intervals(share: Tensor, near: float, far: float) -> Tensor:
 def _check_range(n_planes: int, near: float, far: float) -> None:
     if n_planes < 1:
         raise ValueError(f"n_planes={n_planes}: expected at least 1")
-    if not near > far > 0:
+    if not math.inf > near > far > 0:
         raise ValueError(f"near={near}, far={far}: expected disparities with near > far > 0")

@@ -39,7 +39,7 @@ def read_matlab5(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError, ValueError: naming the file.
-        ModuleNotFoundError: scipy is not installed; the message says how to get it.
+        RuntimeError: scipy is not installed; the message says how to get it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing")
@@ -47,7 +47,7 @@ def read_matlab5(path: Path) -> dict[str, Any]:
         from scipy.io import loadmat
         from scipy.io.matlab import MatReadError
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{path} needs scipy to be read: pip install 'co3d_ensemble[mine]'") from error
+        raise RuntimeError(f"{path} needs scipy to be read: pip install 'co3d_ensemble[mine]'") from error
     try:
         return loadmat(path)
     except (MatReadError, *_MATLAB_ERRORS) as error:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from co3d_ensemble.mine.clip_pairs import ClipFrames, draw_clip_pairs, read_clip_pairs
 from co3d_ensemble.mine.protocols import RULES, ClipTasks, PairTasks, ScoreRules, SourceTasks, rules_of
-from co3d_ensemble.mine.training_data import SPLIT_ARGUMENTS
+from co3d_ensemble.mine.training_data import SPLIT_ARGUMENTS, check_types
 
 # module (imported when it is asked for, some need more than others) and class; arguments that its test split has
 _PAIRS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -27,6 +27,7 @@ _PAIRS: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 TEST_SETS = tuple(_PAIRS)
 DEPTH_ONLY = ("nyu_depth", "ibims")
+NOT_OF_CLIPS = ("max_frame_distance", "frame_distance", "sources_per_clip", "random_target")  # what RealEstate10K's protocol decides
 
 
 def open_test_set(dataset: str, settings: Any, run: Any) -> tuple[SourceTasks, ScoreRules, list[str]]:
@@ -42,7 +43,8 @@ def open_test_set(dataset: str, settings: Any, run: Any) -> tuple[SourceTasks, S
         The sources, how they are scored, and notes for the table.
 
     Raises:
-        ValueError: no root, options that the data set does not have, or what it raises itself.
+        ValueError: no root, options that the data set does not have, that are of another type or that its protocol decides, a list
+            of pairs for another data set than RealEstate10K, or what the data set raises itself.
     """
     module, name, _ = _PAIRS[dataset]
     data_class = getattr(importlib.import_module(f"co3d_ensemble.mine.{module}"), name)
@@ -52,6 +54,12 @@ def open_test_set(dataset: str, settings: Any, run: Any) -> tuple[SourceTasks, S
     unknown = sorted(options.keys() - accepted.keys() | options.keys() & {"root"})
     if unknown:
         raise ValueError(f"options.{unknown[0]}: {name} has {', '.join(key for key in accepted if key != 'root')}")
+    check_types(data_class, "options", settings.options)
+    decided = sorted(set(NOT_OF_CLIPS) & settings.options.keys()) if dataset == "realestate10k" else []
+    if decided:
+        raise ValueError(f"options.{decided[0]}: the protocol chooses the pairs, see pair_list and pairs_per_clip")
+    if settings.pair_list is not None and dataset != "realestate10k":
+        raise ValueError(f"pair_list={settings.pair_list}: only dataset=realestate10k has such lists, not {dataset}")
     if "root" in accepted:
         if root is None:
             raise ValueError(f"root is missing: {dataset} is read from a folder (root=FOLDER)")

@@ -58,7 +58,11 @@ class PairLoader:
             atexit.register(_close, weakref.ref(self))
 
     def batch(self, step: int) -> Pair:
-        """On the CPU. Steps in succession come from workers that read ahead; any other step starts them anew."""
+        """On the CPU. Steps in succession come from workers that read ahead; any other step starts them anew.
+
+        Raises:
+            ValueError, OSError: what the data set raises, without a worker's traceback in the message (it is the cause's).
+        """
         if step != self._next:
             loader: DataLoader[Any] = DataLoader(
                 self._items,
@@ -71,7 +75,13 @@ class PairLoader:
             )
             self._batches = iter(loader)
         self._next = step + 1
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except (ValueError, OSError) as error:
+            _, ours, told = str(error).rpartition(f"\n{type(error).__name__}: ")
+            if not (self._workers and ours):
+                raise
+            raise type(error)(told.rstrip()) from error
 
     def close(self) -> None:
         """Ends the workers. At the end of the process this must come before multiprocessing's own cleaning up, which terminates them

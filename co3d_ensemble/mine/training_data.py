@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from torch.utils.data import Dataset
@@ -36,8 +37,9 @@ def open_pairs(config: Any) -> tuple[Dataset[Pair], Dataset[Pair]]:
     """Training and validation pairs of a ``MINEConfig``.
 
     Raises:
-        ValueError: an option that the data set does not have or that would give both splits the same scenes, no pair in a split,
-            losses or a scale that need sparse points where the data have none, naming the setting; or what the data set raises itself.
+        ValueError: an option that the data set does not have, that is of another type or that would give both splits the same
+            scenes, no pair in a split, losses or a scale that need sparse points where the data have none, naming the setting; or
+            what the data set raises itself.
     """
     data = config.data
     module, name, train, val = _PAIRS[data.kind]
@@ -98,3 +100,22 @@ def _check_options(data_class: type, key: str, given: Mapping[str, Any], *, take
             raise ValueError(f"{key}.{name}: is data.{name}")
         if name not in accepted:
             raise ValueError(f"{key}.{name}: {data_class.__name__} has {', '.join(accepted)}")
+    check_types(data_class, key, given)
+
+
+def check_types(data_class: type, key: str, given: Mapping[str, Any]) -> None:
+    """ValueError where one of some arguments of a data set, all of which it has, is not of the type that it declares."""
+    types, declared = get_type_hints(data_class.__init__), inspect.signature(data_class).parameters  # type: ignore[misc]
+    for name, value in given.items():
+        if not _is_a(value, types[name]):
+            raise ValueError(f"{key}.{name}={value!r}: expected {str(declared[name].annotation).replace('Sequence', 'list')}")
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if isinstance(hint, UnionType):
+        return any(_is_a(value, kind) for kind in get_args(hint))
+    if get_origin(hint) is Sequence:
+        return isinstance(value, (list, tuple)) and all(_is_a(entry, get_args(hint)[0]) for entry in value)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)

@@ -93,6 +93,8 @@ class ViewPairs(Dataset[Pair]):
     _pairs: Sequence[tuple[Hashable, Sequence[Hashable]]]  # source and targets of every item, as ``choices`` gives them
 
     def __init__(self, *, n_points: int, random_target: bool, cache_megabytes: float) -> None:
+        if not cache_megabytes >= 0:
+            raise ValueError(f"cache_megabytes={cache_megabytes}: must not be negative")
         self.n_points, self.random_target = n_points, random_target
         self._cache: OrderedDict[Hashable, View] = OrderedDict()
         self._cache_bytes, self._cache_limit = 0, cache_megabytes * 2**20

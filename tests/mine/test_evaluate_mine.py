@@ -203,6 +203,11 @@ def test_what_cannot_be_opened_ends_with_1_and_one_line(run, tmp_path, capsys):
     assert "root is missing: realestate10k is read from a folder" in told("dataset=realestate10k")
     assert "nowhere" in told("dataset=realestate10k", f"root={tmp_path / 'nowhere'}", "options.n_points=0")
     assert "options.colour: GeneratedPairs has" in told("options.colour=red")
+    assert "options.n_scenes='few': expected int" in told("options.n_scenes=few")
+    assert "only dataset=realestate10k has such lists, not generated" in told("pair_list=pairs.txt")
+    elsewhere = ("dataset=realestate10k", f"root={tmp_path / 'nowhere'}")
+    assert "options.frame_distance: the protocol chooses the pairs" in told(*elsewhere, "options.frame_distance=5")
+    assert "options.clips='a': expected list[str] | None" in told(*elsewhere, "options.clips=a")
     assert "no such file" in told(f"lpips_weights={tmp_path / 'vgg.pth'}")
     assert evaluate_mine.main([]) == 2
     assert "checkpoint" in capsys.readouterr().err

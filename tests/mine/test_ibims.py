@@ -101,5 +101,5 @@ def test_without_scipy_the_extra_is_named(tmp_path, monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_scipy)
-    with pytest.raises(ModuleNotFoundError, match=r"needs scipy.*co3d_ensemble\[mine\]"):
+    with pytest.raises(RuntimeError, match=r"needs scipy.*co3d_ensemble\[mine\]"):
         IBims(root, **SIZE)[0]

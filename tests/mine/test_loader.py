@@ -59,6 +59,23 @@ def test_workers_give_the_same_batches():
     assert [content(read.batch(step)) for step in range(3)] == [content(own.batch(step)) for step in range(3)]
 
 
+class Damaged(Numbered):
+    def __getitem__(self, index: int) -> Pair:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ValueError("a/b.png: unreadable"), FileNotFoundError("a/b.png is missing\nsecond line")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_picture_is_told_in_its_own_words_also_by_a_worker(error, workers):
+    pairs = Damaged(4)
+    pairs.error = error
+    batches = PairLoader(pairs, batch_size=4, seed=3, workers=workers)
+    with pytest.raises(type(error)) as raised:
+        batches.batch(0)
+    batches.close()
+    assert str(raised.value) == str(error)
+
+
 def test_workers_end_with_the_process_also_where_an_error_holds_the_loader(monkeypatch):
     """They ignore SIGTERM, by which multiprocessing would end them at the exit before it waits for them."""
     at_exit = []

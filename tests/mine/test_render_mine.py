@@ -118,6 +118,7 @@ def test_planes_stand_where_the_list_says_and_where_surfaces_were_found(photo, r
         ("planes=many", "planes"),
         ("planes=1", "planes=1: must lie in [2, 1024]"),
         ("disparities=[0.2,0.5]", "disparities must descend (nearest plane first), got 0.2 before 0.5"),
+        ("disparities=[inf,0.2]", "disparities must be above 0 and finite, got 0.2 to inf"),
         ("fine_planes=-1", "fine_planes=-1: must lie in [0, 1024]"),
         ("amplitude=0.5", "amplitude=0.5"),
         ("look_at=me", "look_at='me'"),

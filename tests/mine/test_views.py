@@ -78,6 +78,12 @@ def test_the_target_is_drawn_from_torchs_generator_or_is_the_first_choice():
             pairs[index]
 
 
+@pytest.mark.parametrize("megabytes", [-1, float("nan")])
+def test_a_cache_of_no_size_is_named(megabytes):
+    with pytest.raises(ValueError, match=f"cache_megabytes={megabytes}"):
+        Numbers(cache_megabytes=megabytes)
+
+
 def test_views_are_loaded_once_until_the_cache_is_full_and_the_oldest_leave():
     pairs = Numbers(random_target=False, cache_megabytes=0.24)  # two views of 120 kB
     pairs[0], pairs[0]
