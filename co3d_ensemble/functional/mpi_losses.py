@@ -160,15 +160,6 @@ def log_disparity_loss(disparity: Tensor, points: Tensor, scale: Tensor) -> Tens
     return mean.sum() / there.any(dim=1).sum().clamp_min(1)
 
 
-def picture_pyramid(image: Tensor, sizes: list[tuple[int, int]]) -> list[Tensor]:
-    """The picture at every (height, width), by area averages; the reference takes single pixels (nearest), which alias.
-
-    Args:
-        image: shape (B, C, H, W).
-    """
-    return [image if size == tuple(image.shape[-2:]) else F.interpolate(image, size=size, mode="area") for size in sizes]
-
-
 def _log_errors(disparity: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
     """ln D - ln(1 / z) at the points that count (else 0), and which do: both (B, P)."""
     value, there = values_at_points(disparity, points)

@@ -12,7 +12,6 @@ from co3d_ensemble.functional.mpi_losses import (
     edge_threshold_smoothness,
     l1_loss,
     log_disparity_loss,
-    picture_pyramid,
     ssim_loss,
     values_at_points,
 )
@@ -255,14 +254,6 @@ def test_points_where_nothing_was_rendered_do_not_count():
     torch.testing.assert_close(loss, log_disparity_loss(disparity, points, disparity_scale(disparity, points)))
     loss.backward()
     assert torch.isfinite(disparity.grad).all()
-
-
-def test_the_pyramid_averages_areas():
-    image = draw(2, 3, 8, 12)
-    first, second, third = picture_pyramid(image, [(8, 12), (4, 6), (2, 3)])
-    assert first is image
-    assert second[1, 2, 1, 4].item() == pytest.approx(image[1, 2, 2:4, 8:10].mean().item())
-    assert third[0, 0, 1, 2].item() == pytest.approx(image[0, 0, 4:8, 8:12].mean().item())
 
 
 def test_gradients_match_finite_differences():
