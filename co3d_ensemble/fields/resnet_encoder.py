@@ -32,7 +32,7 @@ class ResNetEncoder(nn.Module):
     Raises:
         ValueError: unknown name, or weights that cannot be read or are another network's.
         RuntimeError: torchvision is not installed.
-        OSError: ``hub`` cannot be reached and its cache lacks the weights.
+        OSError: ``hub`` cannot be reached and its cache lacks the weights, or holds a damaged file, naming it.
     """
 
     def __init__(self, name: str, weights: Path | str | None = None) -> None:
@@ -83,7 +83,12 @@ class ResNetEncoder(nn.Module):
 def _from_hub(name: str) -> dict[str, Tensor]:
     torchvision = import_torchvision()
     # the first version of the weights: those that the reference starts from
-    return torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=False, check_hash=True)
+    weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        raise OSError(f"weights={FROM_HUB}: {place} cannot be read, or not be downloaded from {weights.url}: {error}") from error
 
 
 def read_state_dict(path: Path | str, key: str) -> dict[str, Tensor]:

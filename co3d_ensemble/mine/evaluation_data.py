@@ -43,13 +43,13 @@ def open_test_set(dataset: str, settings: Any, run: Any) -> tuple[SourceTasks, S
         The sources, how they are scored, and notes for the table.
 
     Raises:
-        ValueError: no root, options that the data set does not have, that are of another type or that its protocol decides, a list
-            of pairs for another data set than RealEstate10K, or what the data set raises itself.
+        ValueError: no root, or one that nothing is read from, options that the data set does not have, that are of another type or
+            that its protocol decides, a list of pairs for another data set than RealEstate10K, or what the data set raises itself.
     """
     module, name, _ = _PAIRS[dataset]
     data_class = getattr(importlib.import_module(f"co3d_ensemble.mine.{module}"), name)
     options = test_options(dataset, settings, run)
-    root = settings.root or (run.data.root if run.data.kind == dataset else None)
+    root = test_root(dataset, settings, run)
     accepted = inspect.signature(data_class).parameters
     unknown = sorted(options.keys() - accepted.keys() | options.keys() & {"root"})
     if unknown:
@@ -64,6 +64,8 @@ def open_test_set(dataset: str, settings: Any, run: Any) -> tuple[SourceTasks, S
         if root is None:
             raise ValueError(f"root is missing: {dataset} is read from a folder (root=FOLDER)")
         options["root"] = root
+    elif settings.root is not None:
+        raise ValueError(f"root={settings.root}: {dataset} pictures are read from no folder; dataset=NAME says what the folder holds")
     pairs = data_class(**options)
     rules = rules_of(dataset)
     if dataset not in RULES:
@@ -72,6 +74,11 @@ def open_test_set(dataset: str, settings: Any, run: Any) -> tuple[SourceTasks, S
         tasks, notes = _clips(pairs, settings)
         return tasks, rules, notes
     return PairTasks(pairs, row=None if dataset in DEPTH_ONLY else rules.row, seed=settings.seed), rules, []
+
+
+def test_root(dataset: str, settings: Any, run: Any) -> str | None:
+    """The folder that is read: the settings' own, else that of the training where it was on this data set."""
+    return settings.root or (run.data.root if run.data.kind == dataset else None)
 
 
 def test_options(dataset: str, settings: Any, run: Any) -> dict[str, Any]:

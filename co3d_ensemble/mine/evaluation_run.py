@@ -21,7 +21,7 @@ from co3d_ensemble.functional.depth_metrics import ALIGNMENTS
 from co3d_ensemble.mine.assembly import load_trained_mine, run_of
 from co3d_ensemble.mine.clip_pairs import PAIRS_PER_CLIP
 from co3d_ensemble.mine.evaluation import SCALES, PlaneSampling, Record, Scoring, evaluate, summarise
-from co3d_ensemble.mine.evaluation_data import TEST_SETS, open_test_set, test_options
+from co3d_ensemble.mine.evaluation_data import TEST_SETS, open_test_set, test_options, test_root
 from co3d_ensemble.mine.protocols import ScoreRules, evenly_spread
 from co3d_ensemble.mine.selection import chosen_on_what_is_scored
 from co3d_ensemble.rendering import resolve_device
@@ -129,12 +129,15 @@ def run_evaluation(settings: EvaluateConfig) -> dict[str, Any]:
     decisive["fine_planes"] = planes.fine or None
     decisive["weights_sha256"] = _weights_digest(Path(settings.checkpoint))
     path = _output_folder(settings, dataset) / RESULTS
-    known = {} if settings.restart else _known(path, decisive)
+    root = test_root(dataset, settings, run)
+    data = {"root": None if root is None else str(Path(root).resolve()), "sources": len(tasks)}
+    known = {} if settings.restart else _known(path, decisive, data)
     indices = evenly_spread(len(tasks), settings.max_pictures)
     height, width = run.data.height, run.data.width
     head = {
         "checkpoint": settings.checkpoint,
         "settings": decisive,
+        "data": data,
         "size": [height, width],
         "protocol": _protocol(rules, planes, settings),
         "checkpoint_chosen_on_what_is_scored": chosen is not None,
@@ -188,8 +191,12 @@ def _output_folder(settings: EvaluateConfig, dataset: str) -> Path:
     return folder / "evaluation" / dataset
 
 
-def _known(path: Path, decisive: Mapping[str, Any]) -> dict[int, list[Record]]:
-    """Records of the results file by picture; none where there is no file."""
+def _known(path: Path, decisive: Mapping[str, Any], data: Mapping[str, Any]) -> dict[int, list[Record]]:
+    """Records of the results file by picture; none where there is no file.
+
+    A picture is known by its number, so the data must be those of before: as many sources, in the same folder (one that is gone may
+    have been moved).
+    """
     if not path.exists():
         return {}
     advice = "restart=true discards them, output_dir=... keeps both"
@@ -203,6 +210,11 @@ def _known(path: Path, decisive: Mapping[str, Any]) -> dict[int, list[Record]]:
     if different:
         told = ", ".join(f"{name}={before.get(name)!r} there, {wanted[name]!r} now" for name in different)
         raise ValueError(f"{path} holds other results ({told}); {advice}")
+    scored = {**data, **stored.get("data", {})}  # files of before have none
+    moved = scored["root"] is not None and scored["root"] != data["root"] and Path(scored["root"]).exists()
+    if moved or scored["sources"] != data["sources"]:
+        told = f"{scored['sources']} pictures of {scored['root']} there, {data['sources']} of {data['root']} now"
+        raise ValueError(f"{path} holds results of other data ({told}); {advice}")
     return pictures
 
 

@@ -38,8 +38,8 @@ def open_pairs(config: Any) -> tuple[Dataset[Pair], Dataset[Pair]]:
 
     Raises:
         ValueError: an option that the data set does not have, that is of another type or that would give both splits the same
-            scenes, no pair in a split, losses or a scale that need sparse points where the data have none, naming the setting; or
-            what the data set raises itself.
+            scenes, a root that nothing is read from, no pair in a split, losses or a scale that need sparse points where the data
+            have none, naming the setting; or what the data set raises itself.
     """
     data = config.data
     module, name, train, val = _PAIRS[data.kind]
@@ -51,6 +51,8 @@ def open_pairs(config: Any) -> tuple[Dataset[Pair], Dataset[Pair]]:
     common: dict[str, Any] = {"height": data.height, "width": data.width, "n_points": data.n_points}
     if "root" in inspect.signature(data_class).parameters:
         common["root"] = data.root
+    elif data.root is not None:
+        raise ValueError(f"data.root={data.root}: data.kind={data.kind} is read from no folder; experiment=NAME says what the folder holds")
     for key, given in (("options", options), ("train_options", train_options), ("val_options", val_options)):
         _check_options(data_class, f"data.{key}", given, taken=common)
     shared = [name for name in SPLIT_ARGUMENTS if name in options]

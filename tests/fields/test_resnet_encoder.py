@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import urllib.error
+
 import pytest
 import torch
 
@@ -56,6 +58,19 @@ def test_weights_of_the_hub_are_torchvisions(network, monkeypatch):
     encoder = ResNetEncoder("resnet18", "hub")
     assert asked == ["IMAGENET1K_V1"]
     torch.testing.assert_close(encoder.conv1.weight, network.conv1.weight)
+
+
+def test_a_hub_without_network_or_with_a_damaged_file_is_named(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(OSError, match="weights=hub: .*resnet18-.*pth cannot be read, or not be downloaded from https://.*no network"):
+        ResNetEncoder("resnet18", "hub")
+    (tmp_path / "hub/checkpoints/resnet18-f37072fd.pth").write_bytes(b"PK\x03\x04cut")
+    with pytest.raises(OSError, match="weights=hub: .*resnet18-f37072fd.pth cannot be read"):
+        ResNetEncoder("resnet18", "hub")
 
 
 def test_a_file_that_is_not_there_foreign_or_another_networks_is_named(weights, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -143,6 +144,21 @@ def test_results_of_other_settings_are_not_mixed_and_not_lost(run, tmp_path, cap
     assert "does not hold results of an evaluation" in capsys.readouterr().err
 
 
+def test_pictures_of_other_data_are_not_mixed_in(run, tmp_path, capsys):
+    first, second = write_drive(tmp_path / "first"), write_drive(tmp_path / "second")
+    where = ["dataset=kitti_raw", f"options.sequences=[{NAME}]", "max_pictures=1"]
+    assert evaluate(run, tmp_path / "out", *where, f"root={first}") == 0
+    assert evaluate(run, tmp_path / "out", *where, f"root={second}") == 1
+    assert "holds results of other data (3 pictures of" in capsys.readouterr().err
+    first.rename(tmp_path / "moved")
+    assert evaluate(run, tmp_path / "out", *where, f"root={tmp_path / 'moved'}") == 0
+    for camera in (2, 3):
+        pictures = tmp_path / "moved" / NAME[:10] / f"{NAME}_sync" / f"image_0{camera}" / "data"
+        shutil.copy(pictures / "0000000001.png", pictures / "0000000009.png")
+    assert evaluate(run, tmp_path / "out", *where, f"root={tmp_path / 'moved'}") == 1
+    assert "3 pictures of" in (message := capsys.readouterr().err) and "4 of" in message and "restart=true" in message
+
+
 def test_more_pictures_later_score_only_the_new_ones(run, tmp_path):
     assert evaluate(run, tmp_path, "max_pictures=1") == 0
     assert evaluate(run, tmp_path) == 0
@@ -201,6 +217,7 @@ def test_what_cannot_be_opened_ends_with_1_and_one_line(run, tmp_path, capsys):
 
     assert "neither a run directory" in told(f"checkpoint={tmp_path / 'nowhere'}")
     assert "root is missing: realestate10k is read from a folder" in told("dataset=realestate10k")
+    assert "generated pictures are read from no folder" in told(f"root={tmp_path}")
     assert "nowhere" in told("dataset=realestate10k", f"root={tmp_path / 'nowhere'}", "options.n_points=0")
     assert "options.colour: GeneratedPairs has" in told("options.colour=red")
     assert "options.n_scenes='few': expected int" in told("options.n_scenes=few")

@@ -274,6 +274,7 @@ def test_a_metric_without_ground_truth_is_left_out_and_a_criterion_that_no_pair_
     [
         ({"data__train_options": "{n_rooms: 3}"}, "data.train_options.n_rooms: GeneratedPairs has n_scenes"),
         ({"data__options": "{height: 3}"}, "data.options.height: is data.height"),
+        ({"data__root": "somewhere"}, "data.root=somewhere: data.kind=generated is read from no folder"),
         ({"data__options": "{n_views: 7}"}, "n_views=7"),
         ({"data__options": "{n_views: two}"}, "data.options.n_views='two': expected int"),
         ({"data__val_options": "{n_scenes: 2.5}"}, "data.val_options.n_scenes=2.5: expected int"),
