@@ -62,6 +62,7 @@ SCORED_PLANES = 16  # of the bars and of what is compared
 EVALUATED_PLANES = (8, SCORED_PLANES, 32)
 MORE_PLANES = (64, 256)  # of the base row: the same weights serve any number
 SHOWN = 6
+ENLARGED = 2  # times, in the picture sheet
 COLUMNS = ("source", "target", "MINE", "one plane", "depth", "true depth")
 
 
@@ -254,8 +255,9 @@ def picture_sheet(network: MPINetwork, config: Any, unseen: Dataset[Pair], row: 
         plane, covered = warped(pair, [warp_depth])
         mask = covered[0].float()
         cells = [to_uint8(picture) for picture in (pair.source, pair.target, rgb, plane[0])]
-        cells.append(depth_to_rgb(stack.view.depth[0]))
-        cells.append(torch.zeros_like(cells[0]) if pair.source_depth is None else depth_to_rgb(pair.source_depth))
+        true = torch.zeros_like(stack.view.depth[0]) if pair.source_depth is None else pair.source_depth
+        cells += depth_to_rgb(torch.cat((stack.view.depth[0], true), dim=2)).chunk(2, dim=2)  # in the same colours
+        cells = [cell.repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2) for cell in cells]
         own, theirs = psnr_fg(rgb, pair.target, mask).item(), psnr_fg(plane[0], pair.target, mask).item()
         strips.append((f"{pair.name}   MINE {own:.1f} dB, one plane {theirs:.1f} dB", cells))
     save_picture(path, sheet(COLUMNS, strips))
