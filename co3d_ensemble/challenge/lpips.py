@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from co3d_ensemble.fields.torchvision_import import import_torchvision
+from co3d_ensemble.fields.weights_file import read_weights
+
 BACKBONES = {"alex": "alexnet", "vgg": "vgg16"}
 FOREGROUND = 0.5
 
@@ -39,7 +42,8 @@ def load_lpips(
         weights_path: torchvision's ImageNet weights of the backbone; None looks in torch hub's cache.
 
     Raises:
-        ValueError: an unknown backbone, or a ``weights_path`` that does not exist.
+        ValueError: an unknown backbone, or a ``weights_path`` that does not exist; a file of weights that is damaged or another
+            network's, naming it.
     """
     if backbone not in BACKBONES:
         raise ValueError(f"backbone={backbone!r}: expected one of {', '.join(BACKBONES)}")
@@ -47,14 +51,15 @@ def load_lpips(
     if path is None:
         return None, reason
     try:
+        import_torchvision()  # lpips imports it, and on its own it fails where it was built for another torch
         import lpips
-    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that was built for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that does not work
         return None, f"the package lpips cannot be imported: {error}"
     # pnet_rand: the backbone starts random, for lpips would download it; the linear layers come with the package
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torchvision\.models")  # lpips' way to ask for no weights
         network = lpips.LPIPS(net=backbone, pnet_rand=True, verbose=False)
-    features = torch.load(path, map_location="cpu", weights_only=True)
+    features = read_weights(path, str(path))
     network.net.load_state_dict(_by_slice(features, network.net.state_dict(), path))
     return network.eval().requires_grad_(False).to(device), None
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+
+from co3d_ensemble.fields.weights_file import read_weights
 
 _BOTTLENECK = {"conv_down1": "down1", "conv_down2": "down2", "conv_up1": "up1", "conv_up2": "up2"}
 
@@ -54,10 +54,7 @@ def load_reference(network: nn.Module, path: Path | str) -> None:
     Raises:
         ValueError: naming the file: there is none, it is not theirs, or its network is another one.
     """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read as a checkpoint of MINE's authors: {error}") from error
+    saved = read_weights(path, str(path))
     try:
         network.load_state_dict(from_reference(saved if isinstance(saved, Mapping) else {}))
     except (ValueError, RuntimeError) as error:

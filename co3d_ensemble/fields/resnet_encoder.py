@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from co3d_ensemble.fields.torchvision_import import import_torchvision
+from co3d_ensemble.fields.weights_file import DAMAGED, read_weights, reason
 
 CHANNELS = {
     "resnet18": (64, 64, 128, 256, 512),
@@ -86,9 +86,9 @@ def _from_hub(name: str) -> dict[str, Tensor]:
     weights = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
     try:
         return weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except DAMAGED as error:
         place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        raise OSError(f"weights={FROM_HUB}: {place} cannot be read, or not be downloaded from {weights.url}: {error}") from error
+        raise OSError(f"weights={FROM_HUB}: {place} cannot be read, or not be downloaded from {weights.url}: {reason(error)}") from error
 
 
 def read_state_dict(path: Path | str, key: str) -> dict[str, Tensor]:
@@ -99,10 +99,7 @@ def read_state_dict(path: Path | str, key: str) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise ValueError(f"{key}={path}: there is no such file; null gives random weights")
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise ValueError(f"{key}={path}: cannot be read: {error}") from error
+    found = read_weights(path, f"{key}={path}")
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
         raise ValueError(f"{key}={path}: holds no state dict")
     return found

@@ -94,6 +94,10 @@ class MINEModel(ImplicitronModelBase):
             raise ValueError(f"loss_weights: {', '.join(unknown)}: this model computes {', '.join(LOSSES)}")
         if self.n_fine_planes < 0:
             raise ValueError(f"n_fine_planes={self.n_fine_planes}: must not be negative")
+        for name in ("plane_chunk", "longest_side", "scene_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: must be positive")
         fixed_disparities(self.n_planes, self.near_disparity, self.far_disparity, batch=1)  # checks them
         self.network = MPINetwork(
             self.encoder,

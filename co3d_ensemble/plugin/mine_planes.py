@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from co3d_ensemble.fields.mpi_network import ImageFeatures, MPINetwork
 from co3d_ensemble.fields.mpi_reference_weights import is_reference, load_reference
+from co3d_ensemble.fields.weights_file import read_weights
 from co3d_ensemble.functional.cameras import opencv_from_pinhole
 from co3d_ensemble.functional.mpi import blend_source, mean_plane_weights, render_source_view
 from co3d_ensemble.functional.mpi_sampling import fine_disparities, fixed_disparities, stratified_disparities
@@ -69,10 +69,7 @@ def load_network(network: MPINetwork, path: Path | str) -> None:
     Raises:
         ValueError: naming the file: there is none, it is no such checkpoint, or it is another network's.
     """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"checkpoint={path}: cannot be read: {error}") from error
+    saved = read_weights(path, f"checkpoint={path}")
     if is_reference(saved):
         return load_reference(network, path)
     state = saved.get("model") if isinstance(saved, dict) else None

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from co3d_ensemble.challenge.lpips import load_lpips, lpips_masked
+from co3d_ensemble.fields.torchvision_import import import_torchvision
 
 
 @pytest.fixture
@@ -49,6 +50,7 @@ def test_the_network_sees_pictures_in_minus_1_to_1_with_the_truth_on_black():
 
 def test_weights_on_disk_are_loaded_into_the_backbone(hub):
     try:
+        import_torchvision()
         import lpips  # noqa: F401
         from torchvision.models import alexnet
     except (ImportError, RuntimeError) as error:
@@ -56,6 +58,9 @@ def test_weights_on_disk_are_loaded_into_the_backbone(hub):
     backbone = alexnet(weights=None)
     torch.save(backbone.state_dict(), hub / "alexnet-owt-00000000.pth")
     network, reason = load_lpips("alex")
+    (damaged := hub / "damaged.pth").write_bytes(b"")
+    with pytest.raises(ValueError, match="damaged.pth: cannot be read: EOFError"):
+        load_lpips("alex", weights_path=damaged)
     assert reason is None
     assert torch.equal(network.net.slice3.get_submodule("6").weight, backbone.features[6].weight)
     picture, mask = torch.rand(3, 64, 64), torch.ones(1, 64, 64)

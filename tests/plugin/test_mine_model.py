@@ -334,6 +334,9 @@ def test_the_registry_knows_the_model_and_its_settings_are_checked():
         build_mine_model(n_plane=3)
     for settings, message in (
         ({"n_sources": 0}, "n_sources=0"),
+        ({"plane_chunk": 0}, "plane_chunk=0: must be positive"),
+        ({"longest_side": 0}, "longest_side=0: must be positive"),
+        ({"scene_scale": float("nan")}, "scene_scale=nan: must be positive"),
         ({"loss_weights": {"loss_rgb": 1.0}}, "loss_rgb: this model computes loss_rgb_target"),
         ({"near_disparity": 0.1, "far_disparity": 0.2}, "near=0.1, far=0.2"),
     ):
