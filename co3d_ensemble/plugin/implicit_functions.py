@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -177,12 +177,15 @@ class TensoRFImplicitFunction(_FunctionInBox, TensoRFConfig, ImplicitFunctionBas
         box_min, box_max: the object's box in world units at the start; its longest side is the unit of densities, also
             after the grid was cropped.
         gauge_angle_std, view_jitter_angle_std: as in :class:`NeRFImplicitFunction`.
+        param_groups: for Implicitron's optimizer factory, which reads it: group of ``group_learning_rates`` per module
+            (``field.basis`` and ``field.mlp`` are the colour network) or parameter; the others are in its default group.
     """
 
     box_min: tuple[float, float, float] = (-1.0, -1.0, -1.0)
     box_max: tuple[float, float, float] = (1.0, 1.0, 1.0)
     gauge_angle_std: float = 0.0
     view_jitter_angle_std: float = 0.0
+    param_groups: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._set_up_box()

@@ -25,6 +25,8 @@ from co3d_ensemble.plugin import compat, experiment
 from co3d_ensemble.plugin.frames import pytorch3d_cameras
 
 FILES = sorted(path.stem for path in experiment.CONFIG_DIR.glob("*.yaml"))
+SMALL_FILES = [name for name in FILES if name.endswith("_small")]
+TENSORF_FILES = [name for name in FILES if "tensorf" in name]
 REPOSITORY = Path(__file__).parents[2]
 MODEL = "model_factory_ImplicitronModelFactory_args.model_OverfitModel_args"
 DATA = "data_source_ImplicitronDataSource_args"
@@ -34,6 +36,7 @@ CLASSES = {  # where a file holds a component's settings, and the component
     DATASET: JsonIndexDatasetMapProviderV2,
     f"{DATA}.data_loader_map_provider_SequenceDataLoaderMapProvider_args": SequenceDataLoaderMapProvider,
 }
+OPEN = ("loss_weights", "implicit_function_TensoRFImplicitFunction_args.param_groups")  # their names are checked against a model, below
 TRAINER, PROBLEMS = experiment.find_trainer()
 ABSENT_PACKAGES = [name for module, name in experiment.NEEDED_PACKAGES.items() if importlib.util.find_spec(module) is None]
 needs_trainer = pytest.mark.skipif(
@@ -53,8 +56,9 @@ def merged(config: DictConfig, where: str) -> DictConfig:
     """The component's defaults with the file's settings over them; an unknown key is an error."""
     defaults = get_default_args(CLASSES[where])
     OmegaConf.set_struct(defaults, True)
-    if "loss_weights" in defaults:  # an open dictionary: its names are checked against what the model computes, below
-        OmegaConf.set_struct(defaults.loss_weights, False)
+    for key in OPEN:
+        if (names := OmegaConf.select(defaults, key)) is not None:
+            OmegaConf.set_struct(names, False)
     return OmegaConf.merge(defaults, OmegaConf.select(config, where, throw_on_missing=True))
 
 
@@ -76,10 +80,16 @@ def test_every_setting_of_a_file_exists_and_has_the_right_type(name, where):
 
 
 @pytest.mark.parametrize(
-    "where", [MODEL, f"{MODEL}.implicit_function_NeRFImplicitFunction_args", f"{DATASET}.dataset_JsonIndexDataset_args"]
+    ("name", "where"),
+    [
+        ("co3d_nerf_small", MODEL),
+        ("co3d_nerf_small", f"{MODEL}.implicit_function_NeRFImplicitFunction_args"),
+        ("co3d_nerf_small", f"{DATASET}.dataset_JsonIndexDataset_args"),
+        ("co3d_tensorf_small", f"{MODEL}.implicit_function_TensoRFImplicitFunction_args"),
+    ],
 )
-def test_a_setting_that_does_not_exist_is_an_error(where):
-    config = composed("co3d_nerf_small", (f"+{where}.n_hiden=3",))
+def test_a_setting_that_does_not_exist_is_an_error(name, where):
+    config = composed(name, (f"+{where}.n_hiden=3",))
     with pytest.raises(ConfigKeyError, match="n_hiden"):
         merged(config, next(parent for parent in CLASSES if where.startswith(parent)))
 
@@ -97,7 +107,7 @@ def test_pictures_are_rendered_at_the_size_they_are_loaded_at(name):
     assert model.chunk_size_grid % model.raysampler_NearFarRaySampler_args.n_pts_per_ray_evaluation == 0
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if name not in TENSORF_FILES])
 def test_both_passes_have_the_same_settings_so_that_their_order_does_not_matter(name):
     model = OmegaConf.select(composed(name), MODEL)
     assert model.implicit_function_NeRFImplicitFunction_args == model.coarse_implicit_function_NeRFImplicitFunction_args
@@ -121,6 +131,36 @@ def test_the_published_file_has_the_settings_of_our_own_published_experiment():
     assert config.optimizer_factory_ImplicitronOptimizerFactory_args.lr == ours.training.lr
 
 
+def test_the_published_tensorf_file_has_the_settings_of_our_own_published_experiment_but_the_growing_grid():
+    ours = OmegaConf.load(REPOSITORY / "configs" / "experiment" / "tensorf_published.yaml")
+    config = composed("co3d_tensorf_published")
+    model = merged(config, MODEL)
+    function, sampler = model.implicit_function_TensoRFImplicitFunction_args, model.raysampler_NearFarRaySampler_args
+    resolution = ours.model.tensorf.pop("resolution")
+    assert {key: function[key] for key in ours.model.tensorf} == ours.model.tensorf
+    assert resolution <= function.resolution <= ours.model.grid.final_resolution
+    assert sampler.n_pts_per_ray_training == ours.model.renderer.n_pts_per_ray_coarse
+    assert sampler.n_rays_per_image_sampled_from_mask == ours.training.n_rays
+    assert (sampler.min_depth, sampler.max_depth) == (ours.data.bounds.near, ours.data.bounds.far)
+    assert function.gauge_angle_std == ours.model.camera_jitter.angle_std
+    wanted = {key: weight for key, weight in ours.training.loss_weights.items() if weight is not None}
+    assert {key: weight for key, weight in model.loss_weights.items() if weight} == wanted
+    loop, optimizer = config.training_loop_ImplicitronTrainingLoop_args, config.optimizer_factory_ImplicitronOptimizerFactory_args
+    steps = config[DATA].data_loader_map_provider_SequenceDataLoaderMapProvider_args.dataset_length_train * loop.max_epochs
+    assert (steps, loop.clip_grad) == (ours.training.max_steps, ours.training.clip_grad_norm)
+    assert (optimizer.lr, optimizer.group_learning_rates) == (ours.training.lr, {"network": ours.training.lr_network})
+    assert optimizer.betas == ours.training.betas
+
+
+@pytest.mark.parametrize("name", TENSORF_FILES)
+def test_the_network_group_is_basis_and_colour_network_and_has_a_learning_rate(name):
+    function = toy_model(name).implicit_function
+    named = [function.get_submodule(module) for module in function.param_groups]
+    assert {id(p) for module in named for p in module.parameters()} == {id(p) for p in function.field.network()}
+    rates = composed(name).optimizer_factory_ImplicitronOptimizerFactory_args.group_learning_rates
+    assert set(function.param_groups.values()) == set(rates)
+
+
 TOY = (
     "render_image_height=8",
     "render_image_width=8",
@@ -128,14 +168,16 @@ TOY = (
     "raysampler_NearFarRaySampler_args.n_pts_per_ray_training=6",
     "raysampler_NearFarRaySampler_args.n_pts_per_ray_evaluation=6",
     "chunk_size_grid=60",
-    "renderer_OccupancyAwareRenderer_args.n_pts_per_ray_fine=5",
 )
+TOY_NERF = ("renderer_OccupancyAwareRenderer_args.n_pts_per_ray_fine=5",)
+TOY_TENSORF = ("implicit_function_TensoRFImplicitFunction_args.resolution=8",)
 
 
 def toy_model(name: str):
     torch.manual_seed(0)
     expand_args_fields(OverfitModel)
-    return OverfitModel(**merged(composed(name, tuple(f"{MODEL}.{line}" for line in TOY)), MODEL))
+    lines = (*TOY, *(TOY_TENSORF if name in TENSORF_FILES else TOY_NERF))
+    return OverfitModel(**merged(composed(name, tuple(f"{MODEL}.{line}" for line in lines)), MODEL))
 
 
 def toy_batch() -> dict:
@@ -176,13 +218,13 @@ def test_the_model_of_a_file_trains_all_its_parameters_on_all_losses_but_that_of
 
 @pytest.mark.parametrize("name", FILES)
 def test_background_rays_start_where_the_mask_loss_has_a_gradient(name):
-    """Fails at density_bias 0: rays 21 units long start with alpha > 1 - 1e-6, where the BCE of background is clamped."""
+    """Fails at a NeRF's density_bias 0: rays 21 units long start with alpha > 1 - 1e-6, where the BCE of background is clamped."""
     model = toy_model(name).train()
     batch = toy_batch()
     batch["fg_probability"] = torch.zeros_like(batch["fg_probability"])
     predictions = model(**batch, evaluation_mode=EvaluationMode.TRAINING)
-    for key in ("loss_alpha_bce", "loss_prev_stage_alpha_bce"):
-        assert predictions[key] < 3  # 13.8 is the clamp
+    passes = [key for key in model.loss_weights if key.endswith("alpha_bce")]
+    assert passes and all(predictions[key] < 3 for key in passes)  # 13.8 is the clamp
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -194,8 +236,9 @@ def test_the_model_of_a_file_renders_whole_pictures_in_chunks(name):
     assert torch.isfinite(whole.depth_render).all() and 0 < whole.mask_render.min() <= whole.mask_render.max() <= 1
 
 
-def test_logged_names_are_losses_that_are_computed():
-    model = toy_model("co3d_nerf_small").train()
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_logged_names_are_losses_that_are_computed(name):
+    model = toy_model(name).train()
     predictions = model(**toy_batch(), evaluation_mode=EvaluationMode.TRAINING)
     assert set(model.log_vars) - {"epoch", "sec/it"} <= set(predictions)  # these two the trainer adds
 
@@ -275,9 +318,10 @@ def test_our_files_are_on_the_search_path_unless_the_user_names_a_folder(given, 
 
 
 @needs_trainer
-def test_the_trainer_composes_a_file_through_hydra(tmp_path):
-    """The small file, which includes the published one."""
-    done = run_command("--config-name", "co3d_nerf_small", "--cfg", "job", f"exp_dir={tmp_path}")
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_the_trainer_composes_a_file_through_hydra(tmp_path, name):
+    """The small files, which include the published ones."""
+    done = run_command("--config-name", name, "--cfg", "job", f"exp_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     printed = OmegaConf.create(done.stdout)
     assert OmegaConf.select(printed, f"{MODEL}.renderer_class_type") == "OccupancyAwareRenderer"
