@@ -10,7 +10,7 @@ dev, results_fewview.json. Settings:
     preset=null            file of configs/mine that the authors' checkpoint goes with; null: its params.yaml beside it tells
     output_dir=outputs     where the submission goes
     sequence_set=dev       dev | test
-    n_planes=null          planes per picture; null: as in training
+    n_planes=null          planes per picture; null: as in the run's validations
     fine_planes=null       planes added where a first pass finds surfaces (coarse to fine); null: as in training
     n_sources=1            source frames that a target is rendered from: the nearest one, or the average of several
     scene_scale=null       world units per unit of the network; null: fitted to each sequence by the depth maps of its source frames or

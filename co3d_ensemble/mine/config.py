@@ -105,7 +105,7 @@ class MINETrainingConfig(LoopConfig):
 class MINEEvaluationConfig:
     """How validations score, which picks ``best.pt``: one way from a run's first step to its last."""
 
-    n_planes: int | None = setting(None, "planes per picture; null: model.n_planes")
+    n_planes: int | None = setting(None, "planes per picture, of validations and of what renders the run; null: model.n_planes")
     sampling: str = setting("fixed", "fixed: centres of the intervals | stratified: drawn, as the reference does")
     depth_alignment: str = setting("none", "none | scale | median: of predicted depth before it is scored")
 
@@ -253,6 +253,11 @@ def _check_losses(config: Any) -> None:
         raise ValueError(f"training.ramped_losses={dropped}: have no weight in training.loss_weights")
     if config.data.n_points == 0:
         check_points(config, has_points=False, why="data.n_points=0")
+
+
+def planes_to_show(config: Any) -> int:
+    """Planes per picture wherever a run is rendered and not trained, unless more or fewer are asked for."""
+    return config.evaluation.n_planes or config.model.n_planes
 
 
 def active_weights(training: Any) -> dict[str, float]:

@@ -20,6 +20,7 @@ from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.depth_metrics import ALIGNMENTS
 from co3d_ensemble.mine.assembly import load_trained_mine, run_of
 from co3d_ensemble.mine.clip_pairs import PAIRS_PER_CLIP
+from co3d_ensemble.mine.config import planes_to_show
 from co3d_ensemble.mine.evaluation import SCALES, PlaneSampling, Record, Scoring, evaluate, summarise
 from co3d_ensemble.mine.evaluation_data import TEST_SETS, open_test_set, test_options, test_root
 from co3d_ensemble.mine.protocols import ScoreRules, evenly_spread
@@ -50,7 +51,7 @@ class EvaluateConfig:
     dataset: str | None = setting(None, " | ".join(TEST_SETS) + "; null: the one that it was trained on")
     root: str | None = setting(None, "folder of the data set; null: the training's, where that is the data set")
     options: dict[str, Any] = setting({}, "arguments of the data set, over the training's")
-    planes: list[int] | None = setting(None, "numbers of planes, a row of the table each; null: as in training")
+    planes: list[int] | None = setting(None, "numbers of planes, a row of the table each; null: as in the run's validations")
     fine_planes: int | None = setting(None, "planes added to them where a first pass finds surfaces (coarse to fine); null: as in training")
     sampling: str = setting("fixed", "fixed: centres of the intervals | stratified: drawn, as the reference does")
     seed: int = setting(0, "of everything drawn: pairs, points, stratified planes")
@@ -115,7 +116,7 @@ def run_evaluation(settings: EvaluateConfig) -> dict[str, Any]:
     if settings.lpips is not None:
         lpips, no_lpips = load_lpips(settings.lpips, weights_path=settings.lpips_weights, device=device)
     planes = PlaneSampling(
-        tuple(settings.planes or (run.model.n_planes,)),
+        tuple(settings.planes or (planes_to_show(run),)),
         run.model.near_disparity,
         run.model.far_disparity,
         kind=settings.sampling,

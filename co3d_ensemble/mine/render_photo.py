@@ -18,6 +18,7 @@ from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.mpi import MPIView
 from co3d_ensemble.functional.mpi_sampling import explicit_disparities, fixed_disparities
 from co3d_ensemble.mine.assembly import load_trained_mine
+from co3d_ensemble.mine.config import planes_to_show
 from co3d_ensemble.mine.inference import (
     PlaneStack,
     enlarged,
@@ -51,7 +52,7 @@ class RenderConfig:
     fov: float | None = setting(None, "horizontal field of view of the photograph, degrees; null: EXIF's, or 60")
     fit: str = setting("whole", "whole: all of the photograph, its aspect kept | crop: its centre | stretch: as the reference does")
     background: float = setting(1.0, "grey value, 0 to 1, behind transparent pixels")
-    planes: int | None = setting(None, "number of planes; null: as in training; the same weights serve any number")
+    planes: int | None = setting(None, "number of planes; null: as in the run's validations; the same weights serve any number")
     fine_planes: int | None = setting(None, "planes added where a first pass finds surfaces (coarse to fine); null: as in training")
     disparities: list[float] | None = setting(None, "1 / z of the planes themselves, descending, in the network's unit, in place of planes")
     plane_chunk: int | None = setting(None, "planes decoded and warped at once, to fit a small card; null: all")
@@ -114,7 +115,7 @@ def render_photo(settings: RenderConfig) -> dict[str, Any]:
         image_path, height=run.data.height, width=run.data.width, fov=settings.fov, fit=settings.fit, background=settings.background
     )
     started = time.perf_counter()
-    disparity = _disparities(settings, run.model).to(device)
+    disparity = _disparities(settings, run).to(device)
     stack = predict_stack(
         network,
         photo.image.to(device),
@@ -171,11 +172,12 @@ def disparity_picture(view: MPIView, near: float, far: float) -> Tensor:
     return (colors * (alpha * (disparity > 0)).clamp(0, 1).cpu()).round().to(torch.uint8)
 
 
-def _disparities(settings: RenderConfig, model: Any) -> Tensor:
+def _disparities(settings: RenderConfig, run: Any) -> Tensor:
     """1 / z of the planes, without fine ones, descending, shape (N,)."""
     if settings.disparities is not None:
         return explicit_disparities(settings.disparities, batch=1)[0]
-    return fixed_disparities(settings.planes or model.n_planes, model.near_disparity, model.far_disparity, batch=1)[0]
+    count = settings.planes or planes_to_show(run)
+    return fixed_disparities(count, run.model.near_disparity, run.model.far_disparity, batch=1)[0]
 
 
 def _at_output_size(stack: PlaneStack, photo: Photo, path: Path, settings: RenderConfig) -> PlaneStack:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from co3d_ensemble.functional.mpi import mean_plane_weights, render_source_view
 from co3d_ensemble.functional.mpi_sampling import fine_disparities, stratified_disparities
 from co3d_ensemble.mine.assembly import build_network
-from co3d_ensemble.mine.config import active_weights
+from co3d_ensemble.mine.config import active_weights, planes_to_show
 from co3d_ensemble.mine.evaluation import NO_VALID, PlaneSampling, Record, Scoring, score_source
 from co3d_ensemble.mine.inference import predict_stack, render_pose
 from co3d_ensemble.mine.loader import PairLoader
@@ -91,7 +91,7 @@ class MINETask:
             rules = replace(rules, depth_alignment=config.evaluation.depth_alignment)
         self._scoring = Scoring(rules, scale="auto" if training.calibrate_scale else "none", no_lpips=NO_LPIPS)
         self._planes = PlaneSampling(
-            (config.evaluation.n_planes or config.model.n_planes,),
+            (planes_to_show(config),),
             config.model.near_disparity,
             config.model.far_disparity,
             kind=config.evaluation.sampling,

@@ -69,11 +69,12 @@ def test_targets_without_sources_are_named(root):
         batches_to_render(subset)
 
 
-def run_config(calibrate_scale=True, **planes):
+def run_config(calibrate_scale=True, shown=None, **planes):
     network = {"encoder": "resnet18", "encoding": "reference", "n_harmonics": 10, "mode": "sigma", "precision": "float32", "compile": False}
     data = SimpleNamespace(kind="co3d", height=64, width=96)
     training = SimpleNamespace(calibrate_scale=calibrate_scale)
-    return SimpleNamespace(model=SimpleNamespace(**network, **planes), data=data, training=training)
+    evaluation = SimpleNamespace(n_planes=shown)
+    return SimpleNamespace(model=SimpleNamespace(**network, **planes), data=data, training=training, evaluation=evaluation)
 
 
 PLANES = {"n_planes": 5, "n_fine_planes": 2, "near_disparity": 2.0, "far_disparity": 0.1, "blend_source": False, "plane_chunk": 4}
@@ -84,8 +85,13 @@ def test_the_model_of_a_run_has_its_network_and_its_settings(model, monkeypatch)
     loaded = model_of_run("run", n_planes=7)
     assert loaded.n_fine_planes == 2 and loaded.scene_scale is None
     assert (loaded.n_planes, loaded.far_disparity, loaded.longest_side, loaded.blend_source) == (7, 0.1, 96, False)
-    assert not loaded.training and loaded.network.poolings == 0
+    assert not loaded.training and loaded.network.poolings == 0 and model_of_run("run").n_planes == 5
     torch.testing.assert_close(dict(loaded.network.state_dict()), dict(model.network.state_dict()))
+
+
+def test_a_run_is_shown_with_the_planes_of_its_validations(model, monkeypatch):
+    monkeypatch.setattr(fewview, "load_trained_mine", lambda *_: (model.network, run_config(shown=9, **PLANES)))
+    assert model_of_run("run").n_planes == 9 and model_of_run("run", n_planes=7).n_planes == 7
 
 
 def test_a_run_that_learned_in_the_sequences_own_units_keeps_them(model, monkeypatch):

@@ -85,6 +85,13 @@ def test_without_videos_and_export_only_pictures_are_written(photo, run):
     assert status == 0 and {path.name for path in folder.iterdir()} == {"rgb.png", "depth.png", "render.json"}
 
 
+def test_a_run_is_shown_with_the_planes_of_its_validations(photo, tmp_path):
+    run = write_run(tmp_path / "run", evaluation__n_planes=6)
+    for argument, planes in (("planes=null", 6), ("planes=3", 3)):
+        status, folder = render(photo, run, "video=false", argument)
+        assert status == 0 and json.loads((folder / "render.json").read_text())["planes"] == planes
+
+
 def test_an_enlarged_output_has_the_photographs_detail(photo, run):
     status, folder = render(photo, run, "output_scale=2", "plane_chunk=2")
     assert status == 0
