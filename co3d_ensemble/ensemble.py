@@ -17,14 +17,14 @@ from co3d_ensemble.data.co3d import FrameRecord, Subset
 from co3d_ensemble.files import remove_temporaries, write_json_atomic, write_text_atomic
 from co3d_ensemble.functional.fusion import fuse
 from co3d_ensemble.functional.uncertainty import color_disagreement, score_uncertainty
-from co3d_ensemble.fusing import FUSION_FILE, FusedRenders, Fusion, MemberRenders, choose_fusion, score_fusion, trained_runs
+from co3d_ensemble.fusing import FUSION_FILE, FusedRenders, Fusion, MemberRenders, choose_fusion, trained_runs
 from co3d_ensemble.pipeline import METRICS, NO_DEPTH, SHOWN_TARGETS, TargetScorer, run_directory, scorable_targets, train_sequence
 from co3d_ensemble.rendering import resolve_device
 from co3d_ensemble.report.pictures import ensemble_sheet, save_picture
 from co3d_ensemble.training.lock import FolderLock
 from co3d_ensemble.training.ray_bank_task import evenly_spread
 from co3d_ensemble.training.run_directory import RunDirectory
-from co3d_ensemble.training.validation import mean_scores
+from co3d_ensemble.training.validation import mean_scores, score_frame
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +110,7 @@ def _of_the_run(run: RunDirectory) -> dict[str, Any]:
     return {key: own.get(key) for key in FROM_THE_RUN}
 
 
-def _common_frames(
-    config: DictConfig, runs: Mapping[str, RunDirectory]
-) -> tuple[DictConfig, list[FrameRecord], list[FrameRecord]]:
+def _common_frames(config: DictConfig, runs: Mapping[str, RunDirectory]) -> tuple[DictConfig, list[FrameRecord], list[FrameRecord]]:
     """Settings to load frames with, and the validation and target frames: held out by every member."""
     stored = {name: OmegaConf.merge(run.config, {"dataset_root": config.dataset_root}) for name, run in runs.items()}
     subsets: dict[tuple[float, int], Subset] = {}  # the audit reads every file: once per way to hold frames out
@@ -154,7 +152,7 @@ def _evaluate(
         for member, member_view in zip(of_members, views, strict=True):
             member.add(member_view, frame)
         for name, rule in rules.items():
-            methods[name].append(score_fusion(fuse(views, rule.color, rule.mask), frame))
+            methods[name].append(score_frame(fuse(views, rule.color, rule.mask), frame))
         certainty.append(score_uncertainty(views, view, frame))
         if record.key in shown:
             rows.append((frame.name, frame.rgb, frame.mask, views, view, color_disagreement(views)))

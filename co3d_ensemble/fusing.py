@@ -18,14 +18,14 @@ from co3d_ensemble.data.co3d import FrameRecord
 from co3d_ensemble.files import written_atomically
 from co3d_ensemble.functional.fusion import PIXEL_METHODS, FusionRule, fuse, n_zones, stacked, zones
 from co3d_ensemble.functional.fusion_fit import Guard, error_products, paired_choice, simplex_weights
-from co3d_ensemble.functional.metrics import FOREGROUND, challenge_metrics
+from co3d_ensemble.functional.metrics import FOREGROUND
 from co3d_ensemble.functional.types import Frame, PinholeCamera, RenderedView
 from co3d_ensemble.functional.uncertainty import color_disagreement, depth_disagreement
 from co3d_ensemble.pipeline import Renders, checkpoint_stamp, keep_if_made_from, locked_for_rendering, render_path, run_directory
 from co3d_ensemble.rendering import write_view
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.run_directory import RunDirectory
-from co3d_ensemble.training.validation import mean_scores
+from co3d_ensemble.training.validation import mean_scores, score_frame
 
 FUSION_FILE = "fusion.json"
 BASELINE = "mean"  # the published fusion: another one has to beat it
@@ -140,7 +140,7 @@ def choose_fusion(
     for left_out, (record, frame) in enumerate(frames):
         views = views_of(record, frame.camera)
         for name, rules in candidates(members, products[:left_out] + products[left_out + 1 :]).items():
-            scores.setdefault(name, []).append(score_fusion(fuse(views, *rules), frame))
+            scores.setdefault(name, []).append(score_frame(fuse(views, *rules), frame, with_ssim=False))  # which has no vote
     final = candidates(members, products)
     told: dict[str, dict[str, Any]] = {name: {"metrics": mean_scores(values)} for name, values in scores.items()}
     chosen = {}
@@ -182,12 +182,6 @@ def candidates(members: Sequence[str], products: Sequence[Mapping[str, Tensor]])
         alone = FusionRule("member", (tuple(float(i == j) for j in range(len(members))),))
         found[ONLY + name] = (alone, alone)
     return found
-
-
-def score_fusion(view: RenderedView, frame: Frame) -> dict[str, float | None]:
-    """The challenge's metrics of a fused view."""
-    rgb, mask = frame.rgb.float() / 255, frame.mask.float() / 255
-    return challenge_metrics(view.rgb, view.mask, view.depth, rgb, mask, frame.depth, frame.depth_mask)
 
 
 def _products(views: Sequence[RenderedView], frame: Frame) -> dict[str, Tensor]:

@@ -139,6 +139,10 @@ def test_the_choice_and_all_that_it_rests_on_is_recorded(output, root):
     assert set(results["methods"]) == names and results["fusion"]["chosen"] == record["chosen"]
     chosen = results["methods"][record["chosen"]["color"]]
     assert chosen["psnr_masked"] == pytest.approx(results["metrics"]["psnr_masked"])
+    for name in MEMBERS:  # every method has all scores that a member has
+        own = {key: value for key, value in results["members"][name]["metrics"].items() if key != "lpips" and value is not None}
+        assert results["methods"][f"only_{name}"] == pytest.approx(own) and "ssim" in own
+    assert all(set(scores) == set(own) for scores in results["methods"].values())
 
 
 def test_the_disagreement_is_compared_with_the_true_errors(output):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 METRIC_NAMES = ("psnr_masked", "psnr_fg", "psnr_full_image", "depth_abs_fg", "iou")
 
@@ -145,7 +144,7 @@ def ssim(rgb: Tensor, gt_rgb: Tensor) -> Tensor:
     _check_prediction("rgb", rgb, gt_rgb, channels=rgb.shape[0])
     if min(rgb.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(f"ssim needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got shape {tuple(rgb.shape)}")
-    x, y = rgb.double()[:, None], gt_rgb.double()[:, None]
+    x, y = rgb.double(), gt_rgb.double()
     mean_x, mean_y = _window_mean(x), _window_mean(y)
     var_x = _window_mean(x * x) - mean_x.square()
     var_y = _window_mean(y * y) - mean_y.square()
@@ -198,11 +197,17 @@ def _foreground(gt_mask: Tensor) -> Tensor:
 
 
 def _window_mean(x: Tensor) -> Tensor:
-    """Gaussian mean of every full window of x, shape (C, 1, H, W)."""
-    offset = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
+    """Gaussian mean of every full window of x, shape (C, H, W)."""
+    offset = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
     kernel = torch.exp(-offset.square() / (2 * SSIM_SIGMA**2))
-    kernel = kernel / kernel.sum()
-    return F.conv2d(F.conv2d(x, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1))
+    kernel = (kernel / kernel.sum()).tolist()
+    for axis in (-2, -1):  # a sum of shifted pictures: conv2d takes several times as long in float64
+        size = x.shape[axis] - SSIM_WINDOW + 1
+        total = torch.zeros_like(x.narrow(axis, 0, size))
+        for i, weight in enumerate(kernel):
+            total.add_(x.narrow(axis, i, size), alpha=weight)
+        x = total
+    return x
 
 
 def _check_prediction(name: str, predicted: Tensor, truth: Tensor, *, channels: int) -> None:

@@ -56,8 +56,10 @@ class MINEModelConfig:
     n_harmonics: int = setting(10, "octaves of the encoding of the disparity")
     mode: str = setting("sigma", "sigma: density | alpha: opacity per plane")
     poolings: int = setting(2, "poolings of the bottleneck, 0 to 2; the reference's 2 leave one pixel of a picture of 128 x 128")
-    density_unit: str = setting("depth", "the network's density is per world unit (the reference's) | disparity: per unit of 1 / depth")
-    density_scale: float = setting(1.0, "density in that unit that an output of 1 stands for; the reference's is 1")
+    density_unit: str = setting(
+        "depth", "the network's density is per world unit (the reference's) | disparity: per unit of 1 / depth; of no use to mode=alpha"
+    )
+    density_scale: float = setting(1.0, "density in that unit that an output of 1 stands for (the reference's: 1); of no use to mode=alpha")
     n_planes: int = setting(32, "planes per picture in training; the same weights render with any number")
     n_fine_planes: int = setting(0, "planes added where a first pass finds surfaces (coarse to fine); 0: off")
     near_disparity: float = setting(1.0, "disparity of the nearest plane, 1 / unit of the scene")
@@ -174,6 +176,7 @@ _RANGES = {
     "training.max_steps": "[1, inf)",
     "training.epochs": "(0, inf)",
     "training.weight_decay": "[0, inf)",
+    "training.adam_eps": "(0, inf)",
     "training.plane_chunk": "[1, inf)",
     "training.smoothness_gmin": "[0, inf)",
     "training.smoothness_ratio": "[0, 1]",
@@ -197,6 +200,7 @@ def validate(config: Any) -> None:
     _check_planes(config.model)
     _check_reference(config.model)
     check_shares(config, ("training.milestones",))
+    _check_betas(config.training)
     _check_schedule(config.training)
     _check_losses(config)
     if config.data.kind != "generated" and config.data.root is None:
@@ -221,6 +225,12 @@ def _check_reference(model: Any) -> None:
     for name, value in theirs.items():
         if getattr(model, name) != value:
             raise ValueError(f"model.{name}={getattr(model, name)}: the network of model.reference_weights has {value}")
+
+
+def _check_betas(training: Any) -> None:
+    betas = list(training.betas)
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"training.betas={betas}: expected two numbers in [0, 1)")
 
 
 def _check_schedule(training: Any) -> None:

@@ -98,10 +98,8 @@ def write_mpi(folder: Path, stack: PlaneStack, **more: Any) -> Path:
         The JSON file's path.
     """
     folder = Path(folder)
+    remove_mpi(folder)
     index = folder / INDEX
-    index.unlink(missing_ok=True)  # of an earlier export, whose planes are replaced now
-    for stale in folder.glob("plane_*.png"):
-        stale.unlink()
     rgb = (stack.rgb.detach().cpu().double().clamp(0, 1) * LEVELS).round().to(torch.uint8)
     pixels = torch.cat((rgb, alpha_to_uint8(source_alpha(stack).detach().cpu())), dim=1).permute(0, 2, 3, 1).contiguous().numpy()
     planes = []
@@ -117,6 +115,15 @@ def write_mpi(folder: Path, stack: PlaneStack, **more: Any) -> Path:
     entries = {"format": FORMAT, "version": VERSION, "width": width, "height": height, "intrinsics": intrinsics, "planes": planes}
     write_json_atomic(index, {**entries, "conventions": CONVENTIONS, **more})
     return index
+
+
+def remove_mpi(folder: Path) -> None:
+    """Removes what :func:`write_mpi` wrote, if anything, index first; the folder stays where it holds something else."""
+    (folder / INDEX).unlink(missing_ok=True)
+    for plane in folder.glob("plane_*.png"):
+        plane.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def read_mpi(folder: Path) -> ExportedMPI:

@@ -27,7 +27,7 @@ from co3d_ensemble.mine.inference import (
     surface_disparities,
     zoom_hiding_borders,
 )
-from co3d_ensemble.mine.mpi_export import write_mpi
+from co3d_ensemble.mine.mpi_export import remove_mpi, write_mpi
 from co3d_ensemble.mine.photo import FITS, Photo, load_photo
 from co3d_ensemble.mine.trajectories import TRAJECTORIES, Pose, trajectory
 from co3d_ensemble.mine.video import QUALITIES, check_video, write_video
@@ -38,6 +38,7 @@ from co3d_ensemble.settings import setting
 logger = logging.getLogger(__name__)
 
 NEAREST, MIDDLE, FARTHEST = 0.98, 0.5, 0.02  # quantiles of the disparities that are seen; a few stray pixels must not set the path
+REPORT, RGB, DEPTH, VIDEO, DEPTH_VIDEO, MPI = "render.json", "rgb.png", "depth.png", "video.mp4", "depth.mp4", "mpi"  # what is written
 LARGEST_AMPLITUDE = 0.25  # of the width: far beyond what one picture can show
 
 
@@ -131,13 +132,14 @@ def render_photo(settings: RenderConfig) -> dict[str, Any]:
     folder = Path(settings.output_dir) / image_path.stem
     near, middle, far = surface_disparities(stack, (NEAREST, MIDDLE, FARTHEST))
     extremes = surface_disparities(stack, (1.0, 0.0))  # no border shows, also not behind those few pixels
+    _remove_earlier(folder)
     files = [
-        save_picture(folder / "rgb.png", stack.view.rgb[0]),
-        save_picture(folder / "depth.png", disparity_picture(stack.view, near, far)),
+        save_picture(folder / RGB, stack.view.rgb[0]),
+        save_picture(folder / DEPTH, disparity_picture(stack.view, near, far)),
     ]
     if settings.export:
         suggested = {"near_disparity": near, "middle_disparity": middle, "far_disparity": far}
-        files.append(write_mpi(folder / "mpi", stack, seen=suggested))
+        files.append(write_mpi(folder / MPI, stack, seen=suggested))
     path = _path(stack, settings, near=near, middle=middle, far=far)
     zoom = settings.zoom or zoom_hiding_borders(path, stack.K, stack.size, extremes)
     if settings.video or settings.depth_video:
@@ -159,8 +161,15 @@ def render_photo(settings: RenderConfig) -> dict[str, Any]:
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "files": [str(file.relative_to(folder)) for file in files],
     }
-    write_json_atomic(folder / "render.json", report)
+    write_json_atomic(folder / REPORT, report)
     return {**report, "folder": str(folder)}
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Removes an earlier rendering, its report first: what lies in the folder is of one rendering, whatever that one writes."""
+    for name in (REPORT, RGB, DEPTH, VIDEO, DEPTH_VIDEO):
+        (folder / name).unlink(missing_ok=True)
+    remove_mpi(folder / MPI)
 
 
 def disparity_picture(view: MPIView, near: float, far: float) -> Tensor:
@@ -226,12 +235,12 @@ def _write_videos(
 
     files = []
     if settings.video:
-        write_video(folder / "video.mp4", pictures(), fps=settings.fps, quality=settings.quality)
-        files.append(folder / "video.mp4")
+        write_video(folder / VIDEO, pictures(), fps=settings.fps, quality=settings.quality)
+        files.append(folder / VIDEO)
     elif settings.depth_video:
         for _ in pictures():
             pass
     if settings.depth_video:
-        write_video(folder / "depth.mp4", depths, fps=settings.fps, quality=settings.quality)
-        files.append(folder / "depth.mp4")
+        write_video(folder / DEPTH_VIDEO, depths, fps=settings.fps, quality=settings.quality)
+        files.append(folder / DEPTH_VIDEO)
     return files

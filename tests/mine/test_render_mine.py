@@ -85,6 +85,19 @@ def test_without_videos_and_export_only_pictures_are_written(photo, run):
     assert status == 0 and {path.name for path in folder.iterdir()} == {"rgb.png", "depth.png", "render.json"}
 
 
+def test_a_rendering_replaces_all_of_the_one_before_it_and_nothing_else(photo, run):
+    _, folder = render(photo, run, "depth_video=true")
+    for others in (folder / "notes.txt", folder / "mpi" / "viewer.html"):
+        others.write_text("somebody else's")
+    assert render(photo, run, "video=false", "export=false")[0] == 0
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert files == {"rgb.png", "depth.png", "render.json", "notes.txt", "mpi/viewer.html"}
+    (folder / "mpi" / "viewer.html").unlink()
+    render(photo, run, "video=false")
+    render(photo, run, "video=false", "export=false")
+    assert not (folder / "mpi").exists()
+
+
 def test_a_run_is_shown_with_the_planes_of_its_validations(photo, tmp_path):
     run = write_run(tmp_path / "run", evaluation__n_planes=6)
     for argument, planes in (("planes=null", 6), ("planes=3", 3)):
