@@ -51,6 +51,7 @@ ROWS = (
 # validations are on the clock, and a view of some peers takes as long as a hundred steps: one frame, at the end
 COMMON = ("training.validate_every=1.0", "training.early_stopping_patience=null", "data.max_val_frames=1", "training.progress=false")
 PLAN = "plan.json"
+GENERATED = "generated"  # the plan's word for a sequence that lies in the folder itself
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,10 @@ def without_scores(name: str, reason: str) -> dict[str, Any]:
     return {"name": name, "experiment": None, "metrics": None, "steps": [], "seconds": None, "reason": reason}
 
 
-def hold_to_plan(arguments: argparse.Namespace, device: torch.device, category: str) -> None:
+def hold_to_plan(arguments: argparse.Namespace, device: torch.device, root: Path, category: str) -> None:
     """Writes down what every row of the folder has in common; ``training.budget_minutes`` of a run that began is not looked at again.
+
+    A sequence that was generated in the folder moves with it. What an older plan does not say is taken to be the same.
 
     Raises:
         ValueError: the folder was begun with other settings, naming them.
@@ -146,14 +149,16 @@ def hold_to_plan(arguments: argparse.Namespace, device: torch.device, category: 
     plan = {
         "minutes": arguments.minutes,
         "sizes": arguments.sizes,
+        "data": GENERATED if root.resolve().is_relative_to(arguments.output.resolve()) else str(root.resolve()),
         "category": category,
+        "subset_name": SUBSET,
         "device": device.type,
         "override": arguments.override,
         "override_row": sorted(arguments.override_row),
     }
     path = arguments.output / PLAN
     begun = json.loads(path.read_text()) if path.exists() else plan
-    differing = [f"{key}={begun.get(key)!r}" for key in plan if begun.get(key) != plan[key]]
+    differing = [f"{key}={begun.get(key)!r}" for key in plan if begun.get(key, plan[key]) != plan[key]]
     if differing:
         raise ValueError(f"{arguments.output} was begun with {', '.join(differing)}: use another --output or remove it")
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -182,7 +187,7 @@ def train_rows(rows: Mapping[str, Row], chosen: Sequence[str]) -> tuple[int, dic
 def benchmark(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     device = prepare(arguments.device, arguments.threads)
     root, category = find_sequence(arguments.dataset_root, arguments.category, arguments.output)
-    hold_to_plan(arguments, device, category)
+    hold_to_plan(arguments, device, root, category)
     rows, missing = {}, {}
     for name in ROWS:
         try:

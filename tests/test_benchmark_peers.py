@@ -69,6 +69,25 @@ def test_an_output_of_another_budget_is_refused(root, tmp_path, capsys):
     assert "was begun with minutes=7.0" in capsys.readouterr().err
 
 
+def test_an_output_of_another_data_set_is_refused_and_a_generated_one_moves_with_it(tmp_path):
+    def hold(output, root, category="mug"):
+        peers.hold_to_plan(peers.parse_arguments(["--output", str(output)]), torch.device("cpu"), root, category)
+
+    given = tmp_path / "given"
+    hold(given, tmp_path / "root")
+    hold(given, tmp_path / "elsewhere" / ".." / "root")
+    with pytest.raises(ValueError, match=f"given was begun with data='{tmp_path}/root': use another --output"):
+        hold(given, tmp_path / "other")
+    with pytest.raises(ValueError, match="begun with category='mug'"):
+        hold(given, tmp_path / "root", "cup")
+    generated = tmp_path / "generated_there"
+    hold(generated, generated / "generated")
+    moved = generated.rename(tmp_path / "moved")
+    hold(moved, moved / "generated")
+    with pytest.raises(ValueError, match="begun with data='generated'"):
+        hold(moved, tmp_path / "root")
+
+
 def test_a_row_whose_experiment_is_not_there_or_fails_has_a_reason_and_the_others_go_on(root, tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "ROWS", ("nerf", "radiance_potato", "implicitron_srn"))
     more = ("--override-row", "nerf:training.schedule=nope")
