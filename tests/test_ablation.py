@@ -210,6 +210,18 @@ def test_rows_of_one_configuration_share_their_runs_whatever_rows_are_asked_for(
     assert "nerf_ema_warmup" in Results(plan).scores(plan.rows[1]).note
 
 
+def test_a_row_without_the_one_that_it_builds_on_says_so_in_the_table_and_the_log(tmp_path, caplog):
+    settings = settings_of(tmp_path, rows=["nerf_baseline", "nerf_entropy"], report_only=True)
+    assert ablate(settings) == 0
+    told = "nerf_entropy: no difference, because nerf_ema_warmup, which it builds on, is not in this table"
+    assert f"- {told}" in (tmp_path / "out" / "table.md").read_text() and told in caplog.text
+    assert "nerf_baseline: no" not in caplog.text
+    caplog.clear()
+    settings.rows.append("nerf_ema_warmup")
+    assert ablate(settings) == 0
+    assert "no difference, because" not in (tmp_path / "out" / "table.md").read_text() + caplog.text
+
+
 def test_the_member_name_alone_makes_no_difference_between_configurations():
     configs = {"a": {"member": "a", "x": 1}, "b": {"member": "b", "x": 1}, "c": {"member": "c", "x": 2}}
     assert owners({name: OmegaConf.create(config) for name, config in configs.items()}) == {"a": "a", "b": "a", "c": "c"}

@@ -93,7 +93,7 @@ class Results:
             seconds={column: result.seconds for column, result in trained.items()},
             best_share={column: result.best_step / result.steps for column, result in trained.items()},
             missing=len(cells) - len(found),
-            note=self._note(row),
+            note="; ".join(filter(None, (self._note(row), no_difference(row, self.plan.rows)))),
         )
 
     def _note(self, row: Row) -> str:
@@ -130,6 +130,13 @@ class Results:
         curves = {row.name: self.curves(row) for row in shown}
         validation = {name: curve for name, (curve, _, _) in curves.items()}
         plot_curves(validation, {name: (unseen, fit) for name, (_, unseen, fit) in curves.items()}, output / "curves.png")
+
+
+def no_difference(row: Row, rows: Sequence[Row]) -> str:
+    """Why a table of ``rows`` cannot say what ``row`` gains; empty where it can, or where the row builds on none."""
+    if row.builds_on is None or row.builds_on in {other.name for other in rows}:
+        return ""
+    return f"no difference, because {row.builds_on}, which it builds on, is not in this table (rows=[...,{row.builds_on}] adds it)"
 
 
 def curve_rows(rows: Sequence[Row]) -> list[Row]:

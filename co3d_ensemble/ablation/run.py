@@ -16,7 +16,7 @@ import torch
 
 from co3d_ensemble.ablation.cells import GENERATED_SUBSET, Cell, Plan
 from co3d_ensemble.ablation.jobs import Job, run_jobs
-from co3d_ensemble.ablation.results import Results
+from co3d_ensemble.ablation.results import Results, no_difference
 from co3d_ensemble.ablation.rows import rows_named
 from co3d_ensemble.ablation.settings import AblationConfig
 from co3d_ensemble.assembly import CONFIG_DIR
@@ -50,6 +50,9 @@ def ablate(settings: AblationConfig, command: Sequence[str] = ()) -> int:
         ablation = _Ablation(plan, describe(settings, command))
         left = sum(not ablation.results.has_ended(cell) for cell in plan.cells)
         logger.info("%d cells, %d of them to train", len(plan.cells), left)
+        for row in plan.rows:
+            if why := no_difference(row, plan.rows):
+                logger.warning("%s: %s", row.name, why)
         status = 0
         if not settings.report_only:
             path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
@@ -140,4 +143,3 @@ def describe(settings: AblationConfig, command: Sequence[str]) -> str:
         told = ", ".join(f"{key} {value}" for key, value in settings.generated_sequences[name].items())
         lines.append(f"- {name}/{GENERATED_SUBSET}: generated, {told}")
     return "\n".join([*lines, f"- seeds: {', '.join(map(str, settings.seeds))}", ""])
-
