@@ -91,6 +91,7 @@ _RANGES = {
     "model.camera_jitter.extrinsics_shift_std": "[0, inf)",
     "model.grid.final_resolution": "[2, inf)",
     "training.lr_network": "(0, inf)",
+    "training.adam_eps": "(0, inf)",
     **LOOP_RANGES,
 }
 _FUSION_RANGES = {
@@ -116,6 +117,7 @@ def validate(config: Any) -> None:
     _check_distances(config.data.bounds)
     check_ranges(config, _RANGES)
     check_shares(config, ("model.grid.upsample_at", "model.grid.shrink_at"))
+    _check_optimizer(config.training)
     _check_networks(config.model)
     _check_growth(config.model)
     if config.model.kind == "implicitron":
@@ -156,8 +158,17 @@ def _check_distances(bounds: Any) -> None:
     pairs |= {f"data.bounds.overrides.{name}": pair for name, pair in bounds.overrides.items()}
     for name, pair in pairs.items():
         numbers = [value for value in pair if isinstance(value, (int, float))] if isinstance(pair, Sequence) else []
-        if len(numbers) != 2 or len(pair) != 2 or not 0 < numbers[0] < numbers[1]:
-            raise ValueError(f"{name}={pair}: expected two distances with 0 < near < far")
+        if len(numbers) != 2 or len(pair) != 2 or not 0 < numbers[0] < numbers[1] < math.inf:
+            raise ValueError(f"{name}={pair}: expected two finite distances with 0 < near < far")
+
+
+def _check_optimizer(training: Any) -> None:
+    """Adam's decay rates, and that the weights of the losses are numbers; null drops a loss."""
+    if not all(0 <= beta < 1 for beta in training.betas):
+        raise ValueError(f"training.betas={list(training.betas)}: must lie in [0, 1)")
+    for name, weight in training.loss_weights.items():
+        if weight is not None and not math.isfinite(weight):
+            raise ValueError(f"training.loss_weights.{name}={weight}: must be finite")
 
 
 def _check_networks(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any
@@ -36,10 +37,10 @@ def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:
 
 
 def check_positive(config: Any, keys: Sequence[str]) -> None:
-    """Raises ValueError for a dotted key whose value is not positive."""
+    """Raises ValueError for a dotted key whose value is not positive and finite."""
     for key in keys:
-        if not _value(config, key) > 0:
-            raise ValueError(f"{key}={_value(config, key)!r}: must be positive")
+        if not 0 < _value(config, key) < math.inf:
+            raise ValueError(f"{key}={_value(config, key)!r}: must be positive and finite")
 
 
 def check_ranges(config: Any, ranges: Mapping[str, str]) -> None:
