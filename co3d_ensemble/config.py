@@ -131,7 +131,7 @@ class ModelConfig:
 @dataclass
 class BoundsConfig:
     mode: str = setting("visual_hull", "visual_hull: box carved from the masks | near_far: fixed distances (not of implicitron models)")
-    near: float = setting(3.0, "near distance of near_far, world units")
+    near: float = setting(3.0, "near distance of near_far, world units; a VM field's rays are clipped to its box in either mode")
     far: float = setting(24.0, "far distance of near_far, world units")
     overrides: dict[str, Any] = setting(
         {}, "near_far per '<category>/<subset_name>': [near, far] (on the command line: +data.bounds.overrides=...)"

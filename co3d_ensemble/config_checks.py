@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Sequence
@@ -10,10 +11,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from co3d_ensemble.config import FUSION_METHODS, NeRFConfig, TrainingConfig
+from co3d_ensemble.config import FUSION_METHODS, BoundsConfig, NeRFConfig, TrainingConfig
 from co3d_ensemble.settings import check_choices, check_positive, check_ranges, check_shares
 
+logger = logging.getLogger(__name__)
+
 MIN_COARSE_SAMPLES = 3  # importance sampling drops the first and the last
+
+PUBLISHED_OVERRIDES = {"mouse/manyview_test_0": [12.0, 32.0]}  # near and far that nerf_published and tensorf_published have
 
 _CHOICES = {
     "model.kind": ("nerf", "tensorf", "implicitron"),
@@ -115,6 +120,7 @@ def validate(config: Any) -> None:
     check_choices(config, _CHOICES)
     check_positive(config, _POSITIVE)
     _check_distances(config.data.bounds)
+    _warn_of_unused_distances(config)
     check_ranges(config, _RANGES)
     check_shares(config, ("model.grid.upsample_at", "model.grid.shrink_at"))
     _check_optimizer(config.training)
@@ -160,6 +166,19 @@ def _check_distances(bounds: Any) -> None:
         numbers = [value for value in pair if isinstance(value, (int, float))] if isinstance(pair, Sequence) else []
         if len(numbers) != 2 or len(pair) != 2 or not 0 < numbers[0] < numbers[1] < math.inf:
             raise ValueError(f"{name}={pair}: expected two finite distances with 0 < near < far")
+
+
+def _warn_of_unused_distances(config: Any) -> None:
+    """A warning, as an ensemble's settings go to its NeRF and its TensoRF alike; the published distances may stand in any preset."""
+    bounds, kind = config.data.bounds, config.model.kind
+    if kind == "nerf" and bounds.mode == "near_far":
+        return
+    given = {f"data.bounds.{name}": getattr(bounds, name) for name in ("near", "far")}
+    unused = [f"{key}={value}" for key, value in given.items() if value != getattr(BoundsConfig, key.rpartition(".")[2])]
+    unused += [f"data.bounds.overrides.{name}={pair}" for name, pair in bounds.overrides.items() if PUBLISHED_OVERRIDES.get(name) != pair]
+    if unused:
+        told = "a model of kind nerf with data.bounds.mode=near_far"
+        logger.warning("%s: without effect, only %s reads it; here model.kind=%s, mode=%s", ", ".join(unused), told, kind, bounds.mode)
 
 
 def _check_optimizer(training: Any) -> None:

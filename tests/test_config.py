@@ -138,6 +138,23 @@ def test_a_bad_value_is_an_error_that_names_its_key(override, named):
     assert named in str(caught.value)
 
 
+@pytest.mark.parametrize("given", ["data.bounds.near=2.0", "data.bounds.far=9.0", "data.bounds.overrides.cape=[2.0,9.0]"])
+def test_distances_that_no_ray_takes_are_a_warning_that_names_the_key(given, caplog):
+    mode = "data.bounds.mode=near_far"
+    validate(experiment(given, mode, "model.kind=nerf"))
+    assert not caplog.records
+    for unread in ((mode, "model.kind=tensorf"), ("model.kind=tensorf",), ("model.kind=nerf",)):
+        caplog.clear()
+        validate(experiment(given, *unread))
+        assert given.partition("=")[0] in caplog.text and "without effect" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["nerf_published", "nerf_laptop", "tensorf_published", "tensorf", "tensorf_laptop", "implicitron_nerf"])
+def test_no_preset_warns_of_distances(name, caplog):
+    compose_experiment([f"experiment={name}", "dataset_root=x", "category=mug"])
+    assert not caplog.records
+
+
 def test_upsamplings_that_would_coarsen_the_grid_are_an_error_that_names_both_resolutions():
     coarser = ("model.tensorf.resolution=200", "model.grid.final_resolution=160")
     with pytest.raises(ValueError, match=r"model.grid.final_resolution=160: .* model.tensorf.resolution=200"):
