@@ -101,7 +101,8 @@ def load_trained_mine(path: Path | str, device: torch.device | str = "cpu", pres
     folder = run.path
     if not run.config_path.is_file():
         if not path.is_file():
-            raise ValueError(f"{path}: neither a run directory (no {run.config_path.name} in it) nor a checkpoint in one")
+            hint = _runs_below(path)
+            raise ValueError(f"{path}: neither a run directory (no {run.config_path.name} in it) nor a checkpoint in one{hint}")
         return _of_the_authors(path, preset, device)
     if preset is not None:
         raise ValueError(f"preset={preset}: {folder} is a run and has settings of its own; a preset goes with the authors' checkpoint")
@@ -115,6 +116,12 @@ def load_trained_mine(path: Path | str, device: torch.device | str = "cpu", pres
     network = build_network(config.model, load_weights=False)
     network.load_state_dict(_weights(saved))
     return network.to(device).eval(), config
+
+
+def _runs_below(output_dir: Path) -> str:
+    """Where the runs are, of someone who names the output directory or its ``mine`` instead of one of them."""
+    found = sorted(str(file.parent) for pattern in ("*/config.yaml", "mine/*/config.yaml") for file in output_dir.glob(pattern))
+    return f"; runs in it: {', '.join(found)}" if found else ""
 
 
 def run_of(path: Path) -> Path:

@@ -282,15 +282,16 @@ def check_points(config: Any, *, has_points: bool, why: str) -> None:
         why: what says that there are none, for the message.
 
     Raises:
-        ValueError: naming the setting.
+        ValueError: naming all of them, and what to set them to.
     """
     if has_points:
         return
-    supervised = sorted(set(DISPARITY_LOSSES) & active_weights(config.training).keys())
-    if supervised:
-        raise ValueError(f"training.loss_weights.{supervised[0]} has a weight, but there are no sparse points ({why}): set it to null")
+    wanting = {f"training.loss_weights.{name}": "null" for name in DISPARITY_LOSSES if name in active_weights(config.training)}
     if config.training.calibrate_scale:
-        raise ValueError(f"training.calibrate_scale=true needs sparse points, but there are none ({why}): set it to false")
+        wanting["training.calibrate_scale"] = "false"
+    if wanting:
+        without = " ".join(f"{key}={value}" for key, value in wanting.items())
+        raise ValueError(f"there are no sparse points ({why}) for {', '.join(wanting)}: {without} does without")
 
 
 def resolve_steps(config: Any, n_pairs: int) -> None:

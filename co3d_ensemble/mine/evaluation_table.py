@@ -1,10 +1,11 @@
-"""The results of an evaluation as tables for a terminal."""
+"""The results of an evaluation as tables that fit a terminal of 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -40,7 +41,7 @@ def table(results: Mapping[str, Any]) -> RenderableType:
     ):
         if not groups:
             continue
-        shown = Table(title=title, title_justify="left")
+        shown = Table(title=title, title_justify="left", box=box.SIMPLE, show_edge=False, padding=0)
         if title == "views":
             shown.add_column("pairs")
         for heading in ("planes", "pictures", *(_HEADINGS[metric] for metric in metrics)):
@@ -57,7 +58,7 @@ def table(results: Mapping[str, Any]) -> RenderableType:
     if "depth" in rows:
         notes |= {f"depth alignment: {protocol['depth_alignment']}": None}
     notes |= dict.fromkeys(results["notes"])
-    return Group(*parts, *(Text(f"- {note}") for note in notes))
+    return Group(*parts, Text(), *(Text(f"- {note}") for note in notes))
 
 
 def _number(metric: str, value: float | None) -> str:

@@ -59,6 +59,8 @@ def train_together(config: DictConfig, device: torch.device, processes: Processe
             return MINETask(config, training, *pairs, device=device, processes=processes)
 
         training = fit_budget(make_task, run, device, processes)
+        if run is not None:
+            logger.info("%s: %d steps, %d pairs to train on, on %s", run.path, training.max_steps, len(pairs[0]), device)  # type: ignore[arg-type]
         seed_default_generators(training.seed, INITIALISATION)
         result = train(make_task(training), training, run, device, processes)
         if run is not None and result.exit_status == 0:

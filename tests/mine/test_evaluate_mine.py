@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shutil
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from co3d_ensemble.mine import evaluation_run
+from co3d_ensemble.mine.evaluation import DEPTH_METRICS, VIEW_METRICS
 from co3d_ensemble.mine.evaluation_data import open_test_set
 from co3d_ensemble.mine.evaluation_run import EvaluateConfig
+from co3d_ensemble.mine.evaluation_table import table
 from co3d_ensemble.settings import settings_with_help
 from launch import evaluate_mine
 from tests.mine.stacks import mine_config, write_run
@@ -60,6 +64,16 @@ def test_one_checkpoint_is_scored_at_several_numbers_of_planes_in_views_and_dept
     for part in ("PSNR", "SSIM", "LPIPS", "Abs Rel", "< 1.25^3", f"{views['psnr']:.2f}", f"{depth['abs_rel']:.4f}", "results.json"):
         assert part in shown
     assert f"LPIPS: {views['reasons']['lpips']}"[:40] in shown
+
+
+def test_no_number_is_cut_off_on_a_terminal_of_80_columns():
+    views = {"n": 12345678, "reasons": {}} | dict.fromkeys(VIEW_METRICS, 0.12345)
+    depth = {"n": 12345678, "reasons": {}} | dict.fromkeys(DEPTH_METRICS, 0.12345) | {"sq_rel": 12.3456, "rmse": 12.3456}
+    protocol = {"text": "", "psnr": "", "translations": "", "depth_alignment": ""}
+    shown = io.StringIO()
+    results = {"results": {"10 frames away": {"256": views}, "depth": {"256": depth}}, "protocol": protocol, "notes": []}
+    Console(file=shown, width=80).print(table(results))
+    assert "…" not in shown.getvalue() and shown.getvalue().count("12345678") == 2 and shown.getvalue().count("12.3456") == 2
 
 
 def test_what_a_run_was_trained_and_validated_on_is_not_what_it_is_tested_on():

@@ -111,7 +111,9 @@ def test_presets_are_the_rows_of_the_references_table(name, size, disparities, r
         ({"training__ramped_losses": ["loss_smooth_v1_target"]}, "ramped_losses=.'loss_smooth_v1_target'.: have no weight"),
         (
             {"data__n_points": 0},
-            "loss_disparity_source has a weight, but there are no sparse points .data.n_points=0",
+            "no sparse points .data.n_points=0. for training.loss_weights.loss_disparity_source, .*: "
+            "training.loss_weights.loss_disparity_source=null training.loss_weights.loss_disparity_target=null "
+            "training.calibrate_scale=false does without",
         ),
         ({"evaluation__sampling": "random"}, "evaluation.sampling='random'"),
         ({"name": "a/b"}, "name='a/b': cannot be the name of a folder"),
@@ -129,7 +131,7 @@ def test_bad_values_are_named(changes, message):
 
 def test_a_scale_without_points_cannot_be_fitted():
     without = changed(training__loss_weights={"loss_disparity_source": None, "loss_disparity_target": 0.0})
-    with pytest.raises(ValueError, match="training.calibrate_scale=true needs sparse points, but there are none .why."):
+    with pytest.raises(ValueError, match="no sparse points .why. for training.calibrate_scale: training.calibrate_scale=false does"):
         check_points(without, has_points=False, why="why")
     without.training.calibrate_scale = False
     check_points(without, has_points=False, why="why")

@@ -168,6 +168,10 @@ def test_wrong_files_end_with_1_and_one_line(photo, run, tmp_path, capsys):
     (tmp_path / "text.jpg").write_text("no picture")
     assert "text.jpg: cannot be read as a picture" in told(tmp_path / "text.jpg", run)
     assert "neither a run directory" in told(photo, tmp_path / "nowhere")
+    for name in "ab":
+        write_text_atomic(tmp_path / "outputs" / "mine" / name / "config.yaml", "")
+    for above in (tmp_path / "outputs", tmp_path / "outputs" / "mine"):
+        assert f"runs in it: {tmp_path}/outputs/mine/a, {tmp_path}/outputs/mine/b" in told(photo, above)
     write_text_atomic(tmp_path / "nerf" / "config.yaml", "model: {kind: nerf}\n")
     assert "holds a run of something else than MINE" in told(photo, tmp_path / "nerf")
     damaged = run / "checkpoints" / "damaged.pt"

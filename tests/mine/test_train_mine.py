@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import multiprocessing
 import os
@@ -88,7 +89,8 @@ def same_weights(first, second):
     return True
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, whole, monkeypatch):
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, whole, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     original, calls = Objective.losses, []
 
     def stopping(self, *arguments):
@@ -102,6 +104,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, whole, monkeypatch):
         assert train(tmp_path, data__workers=1) == 143  # read by a worker, gone on with without
     run = tmp_path / "mine" / "mine_generated"
     assert Checkpoints(run / "checkpoints").load_last()["clock"]["step"] == 3 and not (run / "results.json").exists()
+    assert f"{run}: {STEPS} steps, " in caplog.text and "on cpu" in caplog.text  # said before the first step, which takes a while
     assert train(tmp_path) == 0 and same_weights(run, whole)
 
 
