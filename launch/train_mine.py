@@ -32,7 +32,8 @@ from co3d_ensemble.settings import settings_with_help
 
 def print_help() -> None:
     experiments = ", ".join(sorted(path.stem for path in (CONFIG_DIR / "mine").glob("*.yaml")))
-    print(f"{__doc__}\nexperiment=<one of {experiments}>\n\nSettings:\n")
+    print(f"{__doc__}\nexperiment=<one of {experiments}>; without it {compose_mine([]).name}\n")
+    print("Settings, with the values they have where the experiment's file says nothing (--cfg shows what it says):\n")
     for key, default, text in settings_with_help(MINEConfig):
         print(f"  {key}={default}\n      {text}")
 

@@ -157,6 +157,6 @@ def test_epochs_become_steps_once_the_data_are_known():
 def test_the_command_shows_its_settings(capsys):
     assert train_mine.main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(key in shown for key in SETTINGS) and all(name in shown for name in PRESETS)
+    assert all(key in shown for key in SETTINGS) and all(name in shown for name in PRESETS) and "; without it mine_generated\n" in shown
     assert train_mine.main(["experiment=mine_kitti_384", "data.root=x", "--cfg"]) == 0
     assert "kitti_raw" in capsys.readouterr().out
