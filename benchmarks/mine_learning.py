@@ -255,12 +255,12 @@ def picture_sheet(network: MPINetwork, config: Any, unseen: Dataset[Pair], row: 
         plane, covered = warped(pair, [warp_depth])
         mask = covered[0].float()
         cells = [to_uint8(picture) for picture in (pair.source, pair.target, rgb, plane[0])]
-        true = torch.zeros_like(stack.view.depth[0]) if pair.source_depth is None else pair.source_depth
-        cells += depth_to_rgb(torch.cat((stack.view.depth[0], true), dim=2)).chunk(2, dim=2)  # in the same colours
+        depths = [stack.view.depth[0], *(() if pair.source_depth is None else (pair.source_depth,))]
+        cells += depth_to_rgb(torch.cat(depths, dim=2)).chunk(len(depths), dim=2)  # in the same colours
         cells = [cell.repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2) for cell in cells]
         own, theirs = psnr_fg(rgb, pair.target, mask).item(), psnr_fg(plane[0], pair.target, mask).item()
         strips.append((f"{pair.name}   MINE {own:.1f} dB, one plane {theirs:.1f} dB", cells))
-    save_picture(path, sheet(COLUMNS, strips))
+    save_picture(path, sheet(COLUMNS[: len(strips[0][1])], strips))
 
 
 def judged(base: dict[str, Any]) -> dict[str, dict[str, Any]]:
