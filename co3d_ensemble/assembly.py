@@ -23,6 +23,7 @@ from co3d_ensemble.fields.vm_field import PENALTIES
 from co3d_ensemble.functional.types import Frame
 from co3d_ensemble.functional.visual_hull import candidate_box, grid_resolution, visual_hull
 from co3d_ensemble.mine.co3d_points import SequenceClouds, points_of_frames
+from co3d_ensemble.mine.member import completed_settings
 from co3d_ensemble.plugin.frames import load_frames
 from co3d_ensemble.plugin.implicitron_args import plain
 from co3d_ensemble.plugin.implicitron_model import ImplicitronModel
@@ -52,6 +53,8 @@ def compose_experiment(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) 
         config = compose("train_sequence", list(overrides))
     # Hydra's "+key=value" adds what the schema lacks: refused here like any other unknown key
     OmegaConf.merge(OmegaConf.structured(ExperimentConfig), OmegaConf.to_container(config))
+    if _is_mine(config):
+        config.model.implicitron.args = completed_settings(plain(config.model.implicitron.args))
     validate(config)
     return config
 

@@ -11,8 +11,10 @@ from co3d_ensemble.assembly import compose_experiment
 from co3d_ensemble.data.co3d import CO3DIndex
 from co3d_ensemble.pipeline import load_trained
 from co3d_ensemble.plugin.frames import load_frames
-from co3d_ensemble.plugin.mine_model import MINEModel
+from co3d_ensemble.plugin.implicitron_args import plain
+from co3d_ensemble.plugin.mine_model import MINEModel, build_mine_model
 from co3d_ensemble.training.run_directory import RunDirectory
+from tests.mine.stacks import write_run
 from tests.tiny import export, generated, train
 
 SUBSET = "manyview_dev_0"
@@ -71,6 +73,22 @@ def test_a_wrong_setting_is_named(root, tmp_path, capsys):
     arguments = {"experiment": "implicitron_mine", "+model.implicitron.args.n_plane": 3}
     assert train(root, tmp_path, **arguments) != 0
     assert "no setting n_plane" in capsys.readouterr().err
+
+
+def test_a_member_has_network_and_planes_of_the_run_that_it_starts_from(root, tmp_path):
+    started_from = write_run(tmp_path / "run", model__density_unit="disparity", model__density_scale=20.0, evaluation__n_planes=3)
+    checkpoint = f"model.implicitron.args.checkpoint={started_from}"
+    place = ["experiment=implicitron_mine", f"dataset_root={root}", "category=mug"]
+    args = compose_experiment([*place, checkpoint]).model.implicitron.args
+    assert (args.encoder, args.density_unit, args.density_scale, args.far_disparity) == ("resnet18", "disparity", 20.0, 0.05)
+    assert (args.n_planes, args.longest_side, args.plane_chunk) == (3, 48, 32)
+    assert args.checkpoint == str(started_from / "checkpoints" / "best.pt")
+    args = compose_experiment([*place, checkpoint, "model.implicitron.args.n_planes=5"]).model.implicitron.args
+    assert args.n_planes == 5
+    with pytest.raises(ValueError, match="absent: neither a run directory"):
+        compose_experiment([*place, f"model.implicitron.args.checkpoint={tmp_path / 'absent'}"])
+    with pytest.raises(ValueError, match=r"best.pt is of another network \(.*config.yaml: density_scale=20.0 there, 1.0 here\)"):
+        build_mine_model(**{**plain(args), "density_scale": 1.0})
 
 
 def test_the_experiment_composes_with_the_settings_of_the_model():

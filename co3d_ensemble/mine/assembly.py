@@ -97,25 +97,32 @@ def load_trained_mine(path: Path | str, device: torch.device | str = "cpu", pres
         FileNotFoundError: a run that has no best checkpoint yet.
     """
     path = Path(path)
+    config = trained_config(path, preset)
+    network = build_network(config.model, load_weights=False)
     run = RunDirectory(run_of(path))
-    folder = run.path
+    if run.config_path.is_file():
+        network.load_state_dict(_weights(read_checkpoint(Checkpoints(run.checkpoints).best if path.is_dir() else path, "cpu")))
+    else:
+        load_reference(network, path)
+    return network.to(device).eval(), config
+
+
+def trained_config(path: Path, preset: str | None = None) -> DictConfig:
+    """The configuration of what :func:`load_trained_mine` loads; it raises the same, but for damaged weights."""
+    run = RunDirectory(run_of(path))
     if not run.config_path.is_file():
         if not path.is_file():
             hint = _runs_below(path)
             raise ValueError(f"{path}: neither a run directory (no {run.config_path.name} in it) nor a checkpoint in one{hint}")
-        return _of_the_authors(path, preset, device)
+        return _authors_config(path, preset)
     if preset is not None:
-        raise ValueError(f"preset={preset}: {folder} is a run and has settings of its own; a preset goes with the authors' checkpoint")
+        raise ValueError(f"preset={preset}: {run.path} is a run and has settings of its own; a preset goes with the authors' checkpoint")
     stored = run.config
     if OmegaConf.select(stored, "model.near_disparity") is None:
-        raise ValueError(f"{folder} holds a run of something else than MINE")
-    config = OmegaConf.merge(OmegaConf.structured(MINEConfig), stored)  # of older runs, too
+        raise ValueError(f"{run.path} holds a run of something else than MINE")
     if path.is_dir() and not Checkpoints(run.checkpoints).best.exists():
         raise FileNotFoundError(f"{path} has no checkpoints/best.pt: it was not trained up to its first validation")
-    saved = read_checkpoint(Checkpoints(run.checkpoints).best if path.is_dir() else path, "cpu")
-    network = build_network(config.model, load_weights=False)
-    network.load_state_dict(_weights(saved))
-    return network.to(device).eval(), config
+    return OmegaConf.merge(OmegaConf.structured(MINEConfig), stored)  # of older runs, too
 
 
 def _runs_below(output_dir: Path) -> str:
@@ -129,7 +136,7 @@ def run_of(path: Path) -> Path:
     return path if path.is_dir() else path.parent.parent
 
 
-def _of_the_authors(path: Path, preset: str | None, device: torch.device | str) -> tuple[MPINetwork, DictConfig]:
+def _authors_config(path: Path, preset: str | None) -> DictConfig:
     parameters = path.parent / PARAMETERS
     presets = sorted(file.stem for file in (CONFIG_DIR / "mine").glob("*.yaml"))
     if preset is None and not parameters.is_file():
@@ -145,9 +152,7 @@ def _of_the_authors(path: Path, preset: str | None, device: torch.device | str) 
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"{parameters}: {error}") from error
     config.data.root = None  # theirs
-    network = build_network(config.model, load_weights=False)
-    load_reference(network, path)
-    return network.to(device).eval(), config
+    return config
 
 
 def reference_overrides(path: Path) -> list[str]:

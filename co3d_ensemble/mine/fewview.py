@@ -16,14 +16,12 @@ from co3d_ensemble.files import remove_temporaries, write_json_atomic
 from co3d_ensemble.functional.types import RenderedView
 from co3d_ensemble.mine.assembly import load_trained_mine
 from co3d_ensemble.mine.co3d_points import SequenceClouds, points_of_frames
-from co3d_ensemble.mine.config import planes_to_show
+from co3d_ensemble.mine.member import settings_of_run
 from co3d_ensemble.plugin.frames import load_frames
 from co3d_ensemble.plugin.mine_model import MINEModel, build_mine_model
 from co3d_ensemble.training.lock import FolderLock
 
 TASK = "fewview"
-NETWORK_SETTINGS = ("encoder", "encoding", "n_harmonics", "mode", "precision", "compile")
-PLANE_SETTINGS = ("n_fine_planes", "near_disparity", "far_disparity", "blend_source", "plane_chunk")
 
 
 def model_of_run(run: Path | str, preset: str | None = None, **settings: Any) -> MINEModel:
@@ -40,11 +38,7 @@ def model_of_run(run: Path | str, preset: str | None = None, **settings: Any) ->
         ValueError, FileNotFoundError: as ``load_trained_mine``; an unknown setting.
     """
     network, config = load_trained_mine(run, "cpu", preset)
-    own = {name: getattr(config.model, name) for name in NETWORK_SETTINGS + PLANE_SETTINGS}
-    own |= {"poolings": network.poolings, "density_unit": network.density_unit, "density_scale": network.density_scale}
-    own |= {"longest_side": max(config.data.height, config.data.width), "n_planes": planes_to_show(config)}
-    if config.data.kind == "co3d" and not config.training.calibrate_scale:
-        own["scene_scale"] = 1.0  # it was trained in the sequences' own units
+    own = {**settings_of_run(config), "precision": config.model.precision, "compile": config.model.compile}
     model = build_mine_model(**{**own, **settings})
     model.network.load_state_dict(network.state_dict())
     return model.eval()

@@ -26,7 +26,7 @@ from co3d_ensemble.functional.mpi_losses import l1_loss, ssim_loss
 from co3d_ensemble.functional.mpi_sampling import fixed_disparities
 from co3d_ensemble.functional.types import Frame, PinholeCamera, RenderedView
 from co3d_ensemble.plugin.frames import pinhole_camera
-from co3d_ensemble.plugin.mine_planes import PlaneSettings, load_network, scene_mpi
+from co3d_ensemble.plugin.mine_planes import NETWORK_SETTINGS, PlaneSettings, load_network, scene_mpi
 from co3d_ensemble.plugin.mine_unit import frame_source, log_unit, tell_unit
 from co3d_ensemble.plugin.mine_views import SceneMPI, SourceImage, blended_views, nearest_sources, view_of_scene
 from co3d_ensemble.plugin.source_views import SourceSettings, SourceViews
@@ -112,7 +112,7 @@ class MINEModel(ImplicitronModelBase):
             compile=self.compile,
         )
         if self.checkpoint is not None:
-            load_network(self.network, self.checkpoint)
+            load_network(self.network, self.checkpoint, {name: getattr(self, name) for name in NETWORK_SETTINGS})
         self.source_views = SourceViews([], kept=0)
         self.register_buffer("world_unit", torch.tensor(1.0 if self.scene_scale is None else float(self.scene_scale)))
         self._told_unit_of: set[str] = set()

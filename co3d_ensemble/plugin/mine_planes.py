@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from co3d_ensemble.fields.mpi_network import ImageFeatures, MPINetwork
@@ -16,6 +19,9 @@ from co3d_ensemble.functional.mpi import blend_source, mean_plane_weights, rende
 from co3d_ensemble.functional.mpi_sampling import fine_disparities, fixed_disparities, stratified_disparities
 from co3d_ensemble.plugin.frames import area_average
 from co3d_ensemble.plugin.mine_views import SceneMPI, SourceImage
+
+# what a checkpoint's weights are made for
+NETWORK_SETTINGS = ("encoder", "encoding", "n_harmonics", "mode", "poolings", "density_unit", "density_scale")
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,22 @@ def plane_disparities(network: MPINetwork, features: ImageFeatures, K: Tensor, s
         return fine_disparities(disparity, mean_plane_weights(seen), settings.n_fine_planes, perturb=training)
 
 
-def load_network(network: MPINetwork, path: Path | str) -> None:
+def load_network(network: MPINetwork, path: Path | str, settings: Mapping[str, Any]) -> None:
     """Fills ``network`` from a checkpoint of MINE's training: its averaged weights, ``{"model": state dict, ...}``; or from its authors'.
 
+    Args:
+        settings: ``NETWORK_SETTINGS`` of ``network``: not all of them show in the weights' shapes.
+
     Raises:
-        ValueError: naming the file: there is none, it is no such checkpoint, or it is another network's.
+        ValueError: naming the file: there is none, it is no such checkpoint, or it is another network's, naming the settings that
+            differ from those in the ``config.yaml`` of its run.
     """
+    run = Path(path).parent.parent / "config.yaml"
+    own = OmegaConf.select(OmegaConf.load(run), "model") if run.is_file() else None
+    different = [name for name in NETWORK_SETTINGS if own is not None and name in own and own[name] != settings[name]]
+    if different:
+        told = ", ".join(f"{name}={own[name]} there, {settings[name]} here" for name in different)
+        raise ValueError(f"checkpoint={path} is of another network ({run}: {told})")
     saved = read_weights(path, f"checkpoint={path}")
     if is_reference(saved):
         return load_reference(network, path)

@@ -71,6 +71,7 @@ def test_targets_without_sources_are_named(root):
 
 def run_config(calibrate_scale=True, shown=None, **planes):
     network = {"encoder": "resnet18", "encoding": "reference", "n_harmonics": 10, "mode": "sigma", "precision": "float32", "compile": False}
+    network |= {"poolings": 0, "density_unit": "depth", "density_scale": 1.0}
     data = SimpleNamespace(kind="co3d", height=64, width=96)
     training = SimpleNamespace(calibrate_scale=calibrate_scale)
     evaluation = SimpleNamespace(n_planes=shown)
