@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -74,15 +75,23 @@ def quoted(arguments: Sequence[str], keys: Collection[str]) -> list[str]:
 def run_with_settings(arguments: list[str], schema: type, document: str, action: Callable[[Any], int]) -> int:
     """A script whose arguments are ``key=value`` pairs of a dataclass; returns its exit code.
 
-    ``-h`` prints ``document``. An unknown key, a missing or a bad value (also one that the dataclass's ``__post_init__``
-    refuses with a ``ValueError``) is one line and exit 2; the rest is as in :func:`reported`.
+    A list of one may be given as its element (``planes=16``). ``-h`` prints ``document``. An unknown key, a missing or a bad value
+    (also one that the dataclass's ``__post_init__`` refuses with a ``ValueError``) is one line and exit 2; the rest is as in
+    :func:`reported`.
     """
     if {"-h", "--help"} & set(arguments):
         print(document)
         return 0
     configure_logging()
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_cli(arguments))
+        bare = [argument for argument in arguments if argument.partition("=")[0] in ("", argument)]
+        if bare:
+            raise ValueError(f"{bare[0]!r}: expected key=value")
+        given = OmegaConf.from_cli(arguments)
+        for entry in fields(schema):
+            if str(entry.type).startswith("list[") and isinstance(given.get(entry.name), (int, float, str)):
+                given[entry.name] = [given[entry.name]]
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
         OmegaConf.to_container(merged, throw_on_missing=True)
         settings = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError) as error:

@@ -44,6 +44,11 @@ def stored(output):
     return json.loads((output / "results.json").read_text())
 
 
+def test_one_number_of_planes_needs_no_brackets(run, tmp_path):
+    assert evaluate(run, tmp_path, "planes=3", "max_pictures=1") == 0
+    assert list(stored(tmp_path)["results"]["pairs"]) == ["3"]
+
+
 def test_one_checkpoint_is_scored_at_several_numbers_of_planes_in_views_and_depth(run, tmp_path, capsys):
     assert evaluate(run, tmp_path, "planes=[2,6]") == 0
     results = stored(tmp_path)

@@ -136,6 +136,7 @@ def test_planes_stand_where_the_list_says_and_where_surfaces_were_found(photo, r
         ("trajectory=square", "trajectory='square': expected one of circle, line, spiral"),
         ("colour=red", "colour"),
         ("planes=many", "planes"),
+        ("photo.png", "'photo.png': expected key=value"),
         ("planes=1", "planes=1: must lie in [2, 1024]"),
         ("disparities=[0.2,0.5]", "disparities must descend (nearest plane first), got 0.2 before 0.5"),
         ("disparities=[inf,0.2]", "disparities must be above 0 and finite, got 0.2 to inf"),
