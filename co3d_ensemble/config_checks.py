@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from co3d_ensemble.config import FUSION_METHODS, BoundsConfig, NeRFConfig, TrainingConfig
-from co3d_ensemble.settings import check_choices, check_positive, check_ranges, check_shares
+from co3d_ensemble.settings import check_betas, check_choices, check_positive, check_ranges, check_shares
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ _POSITIVE = (
 
 # allowed interval as people write it; where the type allows null, null is allowed as well
 LOOP_RANGES = {
+    "training.adam_eps": "(0, inf)",
     "training.budget_minutes": "(0, inf)",
     "training.lr_final": "[0, 1]",
     "training.warmup": "[0, 1)",
@@ -96,7 +97,6 @@ _RANGES = {
     "model.camera_jitter.extrinsics_shift_std": "[0, inf)",
     "model.grid.final_resolution": "[2, inf)",
     "training.lr_network": "(0, inf)",
-    "training.adam_eps": "(0, inf)",
     **LOOP_RANGES,
 }
 _FUSION_RANGES = {
@@ -123,7 +123,8 @@ def validate(config: Any) -> None:
     _warn_of_unused_distances(config)
     check_ranges(config, _RANGES)
     check_shares(config, ("model.grid.upsample_at", "model.grid.shrink_at"))
-    _check_optimizer(config.training)
+    check_betas(config, "training.betas")
+    _check_loss_weights(config.training)
     _check_networks(config.model)
     _check_growth(config.model)
     if config.model.kind == "implicitron":
@@ -181,10 +182,8 @@ def _warn_of_unused_distances(config: Any) -> None:
         logger.warning("%s: without effect, only %s reads it; here model.kind=%s, mode=%s", ", ".join(unused), told, kind, bounds.mode)
 
 
-def _check_optimizer(training: Any) -> None:
-    """Adam's decay rates, and that the weights of the losses are numbers; null drops a loss."""
-    if not all(0 <= beta < 1 for beta in training.betas):
-        raise ValueError(f"training.betas={list(training.betas)}: must lie in [0, 1)")
+def _check_loss_weights(training: Any) -> None:
+    """That the weights of the losses are numbers; null drops a loss."""
     for name, weight in training.loss_weights.items():
         if weight is not None and not math.isfinite(weight):
             raise ValueError(f"training.loss_weights.{name}={weight}: must be finite")

@@ -59,6 +59,13 @@ def check_shares(config: Any, keys: Sequence[str]) -> None:
             raise ValueError(f"{key}={shares}: expected ascending shares of max_steps in (0, 1)")
 
 
+def check_betas(config: Any, key: str) -> None:
+    """Raises ValueError for a dotted key whose value is not Adam's two decay rates."""
+    betas = list(_value(config, key))
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{key}={betas}: expected two numbers in [0, 1)")
+
+
 def _value(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = getattr(config, part)

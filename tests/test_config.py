@@ -112,7 +112,7 @@ def test_the_dataset_has_no_default():
         ("training.lr=nan", "training.lr=nan"),
         ("training.lr_network=inf", "training.lr_network=inf: must lie in (0, inf)"),
         ("training.adam_eps=inf", "training.adam_eps=inf: must lie in (0, inf)"),
-        ("training.betas=[0.9,inf]", "training.betas=[0.9, inf]: must lie in [0, 1)"),
+        ("training.betas=[0.9,inf]", "training.betas=[0.9, inf]: expected two numbers in [0, 1)"),
         ("training.loss_weights.loss_roi_rgb=inf", "training.loss_weights.loss_roi_rgb=inf: must be finite"),
         ("training.clip_grad_norm=inf", "training.clip_grad_norm=inf"),
         ("model.nerf.density_scale=inf", "model.nerf.density_scale=inf"),

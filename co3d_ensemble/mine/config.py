@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from co3d_ensemble.config import LoopConfig
 from co3d_ensemble.config_checks import LOOP_RANGES
-from co3d_ensemble.settings import check_choices, check_positive, check_ranges, check_shares, setting
+from co3d_ensemble.settings import check_betas, check_choices, check_positive, check_ranges, check_shares, setting
 
 DATA_KINDS = ("generated", "co3d", "realestate10k", "kitti_raw", "llff", "flowers")
 ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -176,7 +176,6 @@ _RANGES = {
     "training.max_steps": "[1, inf)",
     "training.epochs": "(0, inf)",
     "training.weight_decay": "[0, inf)",
-    "training.adam_eps": "(0, inf)",
     "training.plane_chunk": "[1, inf)",
     "training.smoothness_gmin": "[0, inf)",
     "training.smoothness_ratio": "[0, 1]",
@@ -200,7 +199,7 @@ def validate(config: Any) -> None:
     _check_planes(config.model)
     _check_reference(config.model)
     check_shares(config, ("training.milestones",))
-    _check_betas(config.training)
+    check_betas(config, "training.betas")
     _check_schedule(config.training)
     _check_losses(config)
     if config.data.kind != "generated" and config.data.root is None:
@@ -225,12 +224,6 @@ def _check_reference(model: Any) -> None:
     for name, value in theirs.items():
         if getattr(model, name) != value:
             raise ValueError(f"model.{name}={getattr(model, name)}: the network of model.reference_weights has {value}")
-
-
-def _check_betas(training: Any) -> None:
-    betas = list(training.betas)
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"training.betas={betas}: expected two numbers in [0, 1)")
 
 
 def _check_schedule(training: Any) -> None:
