@@ -33,6 +33,7 @@ _NERF_FULL_RGB = (
     f"++{_WEIGHT}.loss_prev_stage_rgb=1.0",
 )
 _TENSORF_FULL_RGB = (f"{_WEIGHT}.loss_roi_rgb=null", f"++{_WEIGHT}.loss_rgb=1.0")
+_NERF_BOTH_RGB = _NERF_FULL_RGB[2:]
 _TENSORF_BOTH_RGB = (f"++{_WEIGHT}.loss_rgb=1.0",)
 
 
@@ -116,6 +117,15 @@ ROWS = (
         "- BCE",
         without=("jitter", "bce"),
         overrides=_NERF_FULL_RGB,
+        optional=True,
+    ),
+    Row(
+        "nerf_both_rgb",
+        "nerf",
+        "nerf_entropy",
+        "RGB of the ROI and of whole pictures",
+        without=("jitter",),
+        overrides=_NERF_BOTH_RGB,
         optional=True,
     ),
     Row(
