@@ -87,11 +87,11 @@ def run_with_settings(arguments: list[str], schema: type, document: str, action:
         bare = [argument for argument in arguments if argument.partition("=")[0] in ("", argument)]
         if bare:
             raise ValueError(f"{bare[0]!r}: expected key=value")
-        given = OmegaConf.from_cli(arguments)
-        for entry in fields(schema):
+        structured, given = OmegaConf.structured(schema), OmegaConf.from_cli(arguments)
+        for entry in fields(OmegaConf.get_type(structured)):
             if str(entry.type).startswith("list[") and isinstance(given.get(entry.name), (int, float, str)):
                 given[entry.name] = [given[entry.name]]
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        merged = OmegaConf.merge(structured, given)
         OmegaConf.to_container(merged, throw_on_missing=True)
         settings = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, ValueError) as error:
