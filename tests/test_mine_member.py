@@ -85,6 +85,10 @@ def test_a_member_has_network_and_planes_of_the_run_that_it_starts_from(root, tm
     assert args.checkpoint == str(started_from / "checkpoints" / "best.pt")
     args = compose_experiment([*place, checkpoint, "model.implicitron.args.n_planes=5"]).model.implicitron.args
     assert args.n_planes == 5
+    lone = tmp_path / "lone.pt"
+    lone.write_bytes((started_from / "checkpoints" / "best.pt").read_bytes())
+    of_lone = compose_experiment([*place, f"model.implicitron.args.checkpoint={lone}", "model.implicitron.args.poolings=1"])
+    assert (of_lone.model.implicitron.args.encoder, of_lone.model.implicitron.args.poolings) == ("resnet50", 1)
     with pytest.raises(ValueError, match="absent: neither a run directory"):
         compose_experiment([*place, f"model.implicitron.args.checkpoint={tmp_path / 'absent'}"])
     with pytest.raises(ValueError, match=r"best.pt is of another network \(.*config.yaml: density_scale=20.0 there, 1.0 here\)"):

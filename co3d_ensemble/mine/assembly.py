@@ -131,6 +131,11 @@ def _runs_below(output_dir: Path) -> str:
     return f"; runs in it: {', '.join(found)}" if found else ""
 
 
+def is_lone_file(path: Path) -> bool:
+    """Whether there is a file, but neither a run around it nor the authors' parameters beside it."""
+    return path.is_file() and not RunDirectory(run_of(path)).config_path.is_file() and not (path.parent / PARAMETERS).is_file()
+
+
 def run_of(path: Path) -> Path:
     """The folder that is a run if ``path`` is one or a checkpoint in one."""
     return path if path.is_dir() else path.parent.parent

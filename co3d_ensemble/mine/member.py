@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from co3d_ensemble.mine.assembly import trained_config
+from co3d_ensemble.mine.assembly import is_lone_file, trained_config
 from co3d_ensemble.mine.config import planes_to_show
 from co3d_ensemble.plugin.mine_model import MINEModel
 from co3d_ensemble.plugin.mine_planes import NETWORK_SETTINGS
@@ -29,13 +29,14 @@ def completed_settings(args: Mapping[str, Any]) -> dict[str, Any]:
     """``args`` of ``MINEModel`` with what is null or missing as the run has it that ``checkpoint`` is of, or else, if null, as by default.
 
     Args:
-        args: ``checkpoint`` is a run directory (its best one), a checkpoint in one or one of MINE's authors.
+        args: ``checkpoint`` is a run directory (its best one), a checkpoint in one, one of MINE's authors with their ``params.yaml``
+            beside it, or a lone file of either, which says nothing about its settings.
 
     Raises:
         ValueError, FileNotFoundError: ``checkpoint`` is none of them, naming it.
     """
     given = {name: value for name, value in args.items() if value is not None}
-    if "checkpoint" not in given:
+    if "checkpoint" not in given or is_lone_file(Path(given["checkpoint"])):
         return {name: getattr(MINEModel, name, None) if value is None else value for name, value in args.items()}
     path = Path(given["checkpoint"])
     own = settings_of_run(trained_config(path))
