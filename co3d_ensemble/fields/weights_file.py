@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 # what torch.load raises on damaged bytes of its ZIP format, of its older one (hubs still have it), and on files of another kind
-DAMAGED = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, struct.error, LookupError, ValueError, AssertionError)
+DAMAGED = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, struct.error, LookupError, ValueError, TypeError, AssertionError)
 
 
 def read_weights(path: Path | str, told: str) -> Any:

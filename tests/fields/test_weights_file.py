@@ -37,5 +37,16 @@ def test_a_file_of_another_kind_is_named(tmp_path, content):
         read_weights(tmp_path / "gone.pth", "gone.pth")
 
 
+class WrongTensor:
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, (1,)
+
+
+def test_a_damaged_recipe_of_a_tensor_is_named(tmp_path):
+    torch.save(WrongTensor(), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="^weights: cannot be read: _rebuild_tensor_v2"):
+        read_weights(tmp_path / "w.pth", "weights")
+
+
 def test_an_error_without_words_is_told_by_its_kind():
     assert reason(EOFError()) == "EOFError" and reason(urllib.error.URLError("no network")) == "<urlopen error no network>"
