@@ -19,7 +19,7 @@ from co3d_ensemble.functional.types import RayTargets
 class RecipeViewMetrics(ViewMetricsBase):
     """Component: ``loss_roi_rgb``, ``loss_rgb``, ``loss_alpha_bce``, ``loss_sample_entropy`` of the last pass and, for
     earlier passes, ``loss_prev_stage_roi_rgb`` and so on (the entropy is of the fine pass only). ``loss_rgb`` is that of
-    all rays, in place of ``loss_roi_rgb``; without a weight it costs a sum over the rays and no gradient."""
+    all rays, in place of ``loss_roi_rgb`` or beside it; without a weight it costs a sum over the rays and no gradient."""
 
     def forward(
         self,

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 RESUME_MODES = ("auto", "never", "restart")
 _ABSENT = "<absent>"
+_LOSS_WEIGHTS = "training.loss_weights"
 
 
 class RunExists(RuntimeError):
@@ -139,6 +140,8 @@ class RunDirectory:
                 raise ConfigMismatch(self.path, differences)
             if differences:  # it stopped before its first checkpoint: there is nothing to protect, and nothing to reuse
                 self._discard()
+            elif OmegaConf.select(stored, _LOSS_WEIGHTS) is not None:  # as they were written: checkpoints know the digest
+                OmegaConf.update(config, _LOSS_WEIGHTS, OmegaConf.select(stored, _LOSS_WEIGHTS), merge=False)
         write_text_atomic(self.config_path, OmegaConf.to_yaml(config))
 
     def _describe(self, device: torch.device | str) -> None:
@@ -174,14 +177,18 @@ def is_free(key: str, free_keys: Iterable[str] = FREE_KEYS) -> bool:
 
 
 def config_differences(stored: Any, wanted: Any, free_keys: Iterable[str] = FREE_KEYS) -> dict[str, tuple[Any, Any]]:
-    """Settings that can change the result and differ: dotted key -> (stored, wanted)."""
-    before, now = flattened(stored), flattened(wanted)
+    """Settings that can change the result and differ: dotted key -> (stored, wanted). A loss of weight null is one without a weight."""
+    before, now = _without_dropped_losses(flattened(stored)), _without_dropped_losses(flattened(wanted))
     keys = [*before, *(key for key in now if key not in before)]
     return {
         key: (before.get(key, _ABSENT), now.get(key, _ABSENT))
         for key in keys
         if not is_free(key, free_keys) and before.get(key, _ABSENT) != now.get(key, _ABSENT)
     }
+
+
+def _without_dropped_losses(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if not (is_free(key, (_LOSS_WEIGHTS,)) and value in (None, {}))}
 
 
 def flattened(config: Any) -> dict[str, Any]:

@@ -101,6 +101,21 @@ def test_a_run_that_never_reached_a_checkpoint_takes_another_config_and_starts_a
         assert run.config.training.lr == 2e-3 and run.budget is None
 
 
+def test_a_loss_that_is_dropped_and_one_that_is_not_listed_are_the_same_run(tmp_path):
+    for listed, now in (({}, {"loss_rgb": None}), ({"loss_rgb": None}, {})):
+        path = tmp_path / str(len(listed))
+        with open_run(path, loss_weights={"loss_tv_density": 1.0, **listed}) as run:
+            digest = run.config_digest
+            write_bytes_atomic(run.checkpoints / "last.pt", b"weights")
+        config = make_config(loss_weights={"loss_tv_density": 1.0})
+        config.training.loss_weights.update(now)
+        with RunDirectory.open(path, config) as run:
+            assert run.config_digest == digest  # what the checkpoint was written with
+        config.training.loss_weights["loss_rgb"] = 1.0
+        with pytest.raises(ConfigMismatch, match="loss_weights.loss_rgb: .* in the run, 1.0 now"), RunDirectory.open(path, config):
+            pass
+
+
 def test_keys_that_cannot_change_the_result_may_differ(tmp_path):
     with open_run(tmp_path, log_every=5) as run:
         digest = run.config_digest
