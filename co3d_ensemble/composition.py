@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from co3d_ensemble.assembly import CONFIG_DIR, compose_experiment
 from co3d_ensemble.config import EnsembleConfig
-from co3d_ensemble.config_checks import validate, validate_ensemble
+from co3d_ensemble.config_checks import validate_ensemble
 from co3d_ensemble.scripts import first_line
 
 PLACE = ("dataset_root", "category", "subset_name", "output_dir", "device")  # what an ensemble and its members have in common
@@ -108,7 +108,6 @@ def _compose_member(config: DictConfig, name: str, overrides: Sequence[str], con
     for key in PLACE:
         if not OmegaConf.is_missing(config, key):
             experiment[key] = config[key]
-    validate(experiment)
     return experiment
 
 

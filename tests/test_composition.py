@@ -73,6 +73,11 @@ def test_a_setting_for_all_on_the_command_line_wins_over_what_the_experiment_s_f
     assert [(name, member.training.seed) for name, member in members.items()] == [("a", 0), ("b", 0), ("c", 3)]
 
 
+def test_a_warning_of_a_member_s_settings_is_told_once(caplog):
+    composed("data.bounds.mode=near_far", "data.bounds.near=2.0")
+    assert [record.getMessage().count("data.bounds.near=2.0: without effect") for record in caplog.records] == [1]
+
+
 def test_members_can_be_added_and_dropped():
     added = ["+members.nerf_turned.experiment=nerf_laptop", "members.nerf_turned.overrides.model.camera_jitter.mode=fixed_gauge"]
     _, members = composed(*added, "members.nerf_turned.overrides.training.seed=4", "~members.tensorf")
