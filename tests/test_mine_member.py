@@ -9,6 +9,7 @@ import torch
 
 from co3d_ensemble.assembly import compose_experiment
 from co3d_ensemble.data.co3d import CO3DIndex
+from co3d_ensemble.mine.member import completed_settings
 from co3d_ensemble.pipeline import load_trained
 from co3d_ensemble.plugin.frames import load_frames
 from co3d_ensemble.plugin.implicitron_args import plain
@@ -98,3 +99,12 @@ def test_a_member_has_network_and_planes_of_the_run_that_it_starts_from(root, tm
 def test_the_experiment_composes_with_the_settings_of_the_model():
     config = compose_experiment(["experiment=implicitron_mine", "dataset_root=x", "category=mug"])
     assert config.model.implicitron.model_class_type == "MINEModel" and config.model.implicitron.args.n_planes == 32
+
+
+def test_a_null_that_no_run_has_a_value_for_is_the_model_s_default(tmp_path, monkeypatch):
+    write_run(tmp_path / "2024")
+    monkeypatch.chdir(tmp_path)
+    args = {"loss_weights": None, "n_sources": None}
+    alone, of_run = completed_settings(args), completed_settings({**args, "checkpoint": 2024})
+    assert alone == {"loss_weights": {"loss_rgb_target": 1.0, "loss_ssim_target": 1.0}, "n_sources": 1}
+    assert alone.items() <= of_run.items() and of_run["checkpoint"] == "2024/checkpoints/best.pt"

@@ -8,7 +8,7 @@ from typing import Any
 
 from co3d_ensemble.mine.assembly import is_lone_file, trained_config
 from co3d_ensemble.mine.config import planes_to_show
-from co3d_ensemble.plugin.mine_model import MINEModel
+from co3d_ensemble.plugin.mine_model import default_settings
 from co3d_ensemble.plugin.mine_planes import NETWORK_SETTINGS
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.run_directory import RunDirectory
@@ -35,11 +35,10 @@ def completed_settings(args: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError, FileNotFoundError: ``checkpoint`` is none of them, naming it.
     """
+    defaults, own = default_settings(), {}
     given = {name: value for name, value in args.items() if value is not None}
-    if "checkpoint" not in given or is_lone_file(Path(given["checkpoint"])):
-        return {name: getattr(MINEModel, name, None) if value is None else value for name, value in args.items()}
-    path = Path(given["checkpoint"])
-    own = settings_of_run(trained_config(path))
-    if path.is_dir():
-        given["checkpoint"] = str(Checkpoints(RunDirectory(path).checkpoints).best)
-    return {**args, **own, **given}
+    if "checkpoint" in given:
+        path = Path(str(given["checkpoint"]))  # a number may be the name of a folder
+        own = {} if is_lone_file(path) else settings_of_run(trained_config(path))
+        given["checkpoint"] = str(Checkpoints(RunDirectory(path).checkpoints).best if path.is_dir() else path)
+    return {**{name: defaults.get(name) for name in args}, **own, **given}

@@ -26,6 +26,7 @@ from co3d_ensemble.functional.mpi_losses import l1_loss, ssim_loss
 from co3d_ensemble.functional.mpi_sampling import fixed_disparities
 from co3d_ensemble.functional.types import Frame, PinholeCamera, RenderedView
 from co3d_ensemble.plugin.frames import pinhole_camera
+from co3d_ensemble.plugin.implicitron_args import plain
 from co3d_ensemble.plugin.mine_planes import NETWORK_SETTINGS, PlaneSettings, load_network, scene_mpi
 from co3d_ensemble.plugin.mine_unit import frame_source, log_unit, tell_unit
 from co3d_ensemble.plugin.mine_views import SceneMPI, SourceImage, blended_views, nearest_sources, view_of_scene
@@ -284,14 +285,19 @@ class MINEModel(ImplicitronModelBase):
         return super()._apply(*args, **kwargs)
 
 
+def default_settings() -> dict[str, Any]:
+    """Every setting of :class:`MINEModel` with its default."""
+    expand_args_fields(MINEModel)
+    return plain(get_default_args(MINEModel))
+
+
 def build_mine_model(**settings: Any) -> MINEModel:
     """A :class:`MINEModel` with Implicitron's defaults overridden.
 
     Raises:
         ValueError: a setting that the model does not have, or one out of its range.
     """
-    expand_args_fields(MINEModel)
-    known = get_default_args(MINEModel)
+    known = default_settings()
     unknown = sorted(set(settings) - set(known))
     if unknown:
         raise ValueError(f"MINEModel has no setting {', '.join(unknown)}; it has: {', '.join(sorted(known))}")
