@@ -43,12 +43,18 @@ def _check_cameras(model: ColmapModel, poses: Mapping[str, np.ndarray]) -> None:
     if not own:
         told = f", such as {model.images[0].name}," if model.images else ""
         raise ValueError(f"{model.path}: none of its {len(model.images)} images{told} has the name of one of the clip's frames")
-    R = torch.stack([torch.from_numpy(poses[image.name][:, :3]) for image in own])
-    t = torch.stack([torch.from_numpy(poses[image.name][:, 3]) for image in own])
+    clip = {name: torch.from_numpy(pose) for name, pose in poses.items()}
+    R, t = (torch.stack([clip[image.name][:, part] for image in own]) for part in (slice(3), 3))
     model_R, model_t = torch.stack([image.R for image in own]), torch.stack([image.t for image in own])
-    centers, model_centers = (-(turn.transpose(1, 2) @ shift[:, :, None])[..., 0] for turn, shift in ((R, t), (model_R, model_t)))
-    allowed = LARGEST_SHIFT * torch.cdist(centers, centers).max() + ROUNDING
-    off = ((model_R - R).abs().amax(dim=(1, 2)) > LARGEST_TURN) | ((model_centers - centers).norm(dim=1) > allowed)
+    every = _centers(*(torch.stack([pose[:, part] for pose in clip.values()]) for part in (slice(3), 3)))
+    allowed = LARGEST_SHIFT * torch.cdist(every, every).max() + ROUNDING  # of the clip, of which the model may have few frames
+    shift = (_centers(model_R, model_t) - _centers(R, t)).norm(dim=1)
+    off = ((model_R - R).abs().amax(dim=(1, 2)) > LARGEST_TURN) | (shift > allowed)
     if off.any():
         name = own[int(off.nonzero()[0])].name
         raise ValueError(f"{model.path}: its camera of {name} is not the clip's: the model must be in the clip's coordinates")
+
+
+def _centers(R: Tensor, t: Tensor) -> Tensor:
+    """World positions of cameras, (n, 3), from their world-to-camera rotations (n, 3, 3) and translations (n, 3)."""
+    return -(R.transpose(1, 2) @ t[:, :, None])[..., 0]

@@ -119,12 +119,12 @@ def test_points_without_a_model_are_an_error_that_names_the_script(tmp_path):
         RealEstate10K(tmp_path, n_points=8, **SIZE)
 
 
-def write_model(root, name, *, prefix="", moved=0.0, turned=0.0, sees=(4,)):
-    """A model of a clip of three frames whose cameras are moved and turned from the clip's."""
+def write_model(root, name, *, prefix="", moved=0.0, turned=0.0, sees=(4,), n=3):
+    """A model of the first n frames of a clip whose cameras are moved and turned from the clip's."""
     turn = so3_exp(torch.tensor([0.0, turned, 0.0], dtype=torch.float64)).numpy()
-    names = [f"{prefix}{timestamp(i)}.{'png' if i % 2 else 'jpg'}" for i in range(3)]
+    names = [f"{prefix}{timestamp(i)}.{'png' if i % 2 else 'jpg'}" for i in range(n)]
     features = [(1.0, 1.0, key) for key in sees]
-    images = [(i + 1, names[i], 1, turn @ pose(i)[:, :3], turn @ pose(i)[:, 3] + moved, features) for i in range(3)]
+    images = [(i + 1, names[i], 1, turn @ pose(i)[:, :3], turn @ pose(i)[:, 3] + moved, features) for i in range(n)]
     write_colmap(
         root / "frames/train" / name / "sparse", {1: ("PINHOLE", W, H, [57.0, 57.0, 32.0, 16.0])}, images, {4: (0.2, 0.1, 4.0)}, binary=True
     )
@@ -149,6 +149,7 @@ def test_clips_without_a_model_are_left_out_and_said(tmp_path, caplog):
         ({"moved": 3.0}, "its camera of 62000000.jpg is not the clip's"),
         ({"turned": 0.2}, "its camera of 62000000.jpg is not the clip's"),
         ({"moved": 1e-3, "turned": 1e-3}, None),
+        ({"moved": 5e-3, "n": 1}, None),  # a model of one frame: what is little is told by the clip
     ],
 )
 def test_a_model_that_is_not_of_the_clip_is_named(tmp_path, changes, message):
