@@ -31,7 +31,13 @@ from launch import ablation
 from tests.tiny import MODEL, SIZES, TRAINING, generated
 
 DEV = "manyview_dev_0"
-NERF = ["experiment=nerf_laptop", *(f"{key}={value}" for key, value in (MODEL | TRAINING).items()), "training.max_steps=4"]
+NERF = [
+    "experiment=nerf_laptop",
+    "training.loss_weights.loss_rgb=null",
+    "training.loss_weights.loss_prev_stage_rgb=null",
+    *(f"{key}={value}" for key, value in (MODEL | TRAINING).items()),
+    "training.max_steps=4",
+]
 TENSORF = [
     "experiment=tensorf_laptop",
     "training.loss_weights.loss_rgb=null",
@@ -95,7 +101,7 @@ def test_the_slides_rows_add_one_part_each():
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.is_trained], ids=lambda row: row.name)
 def test_a_rows_switches_change_just_what_it_says(row):
-    kind = NERF[:1] if row.kind == "nerf" else TENSORF[:2]
+    kind = NERF[:3] if row.kind == "nerf" else TENSORF[:2]
     whole, changed = compose_once(*kind), compose_once(*kind, *row.recipe())
     differs = {key for key in ("model", "training", "data") if whole[key] != changed[key]}
     is_whole = row.name in ("tensorf", "nerf_entropy")  # the presets have jitter off

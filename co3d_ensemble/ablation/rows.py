@@ -109,6 +109,14 @@ ROWS = (
     Row("tensorf_no_bce", "tensorf", "tensorf", "- BCE", without=("bce",)),
     Row("nerf_no_occupancy", "nerf", "nerf_entropy", "- occupancy skipping", without=("jitter", "occupancy")),
     Row("nerf_full_rgb", "nerf", "nerf_entropy", "RGB of whole pictures, not of the ROI", without=("jitter",), overrides=_NERF_FULL_RGB),
+    Row(
+        "nerf_both_rgb",
+        "nerf",
+        "nerf_entropy",
+        "RGB of the ROI and of whole pictures",
+        without=("jitter",),
+        overrides=_NERF_BOTH_RGB,
+    ),
     Row("nerf_no_bce", "nerf", "nerf_entropy", "- BCE", without=("jitter", "bce")),
     # other readings, for when a row above surprises
     Row(
@@ -118,15 +126,6 @@ ROWS = (
         "- BCE",
         without=("jitter", "bce"),
         overrides=_NERF_FULL_RGB,
-        optional=True,
-    ),
-    Row(
-        "nerf_both_rgb",
-        "nerf",
-        "nerf_entropy",
-        "RGB of the ROI and of whole pictures",
-        without=("jitter",),
-        overrides=_NERF_BOTH_RGB,
         optional=True,
     ),
     Row(
