@@ -6,7 +6,8 @@
 
 Rows: rooms (the bars are its); n8, n8_unsmoothed, n16 and n32, trained with so many planes for the same, smaller number of steps; and
 cape (neighbouring photographs of one CO3D sequence, no bar). Bars are for 16 planes. Every row is a run of launch/train_mine.py under
-OUT/mine and goes on where it was interrupted; its scores lie in OUT/<row>.json. A curve and a picture sheet go beside the result file.
+OUT/mine and goes on where it was interrupted; its scores lie in OUT/<row>.json. A curve and the rooms' picture sheet go beside the result
+file; that of cape, which shows photographs that may not be copied, is OUT/cape.png.
 
 Baselines: the source picture as it is; the source warped as one plane; one depth for all pixels. Plane and depth are one value for
 all pictures, chosen on the training pairs; "oracle" is the best per picture. PSNR of all of them, and of MINE, is over the pixels
@@ -334,9 +335,8 @@ def main(argv: Sequence[str]) -> int:
     trained = {name: row for name, row in results.items() if name != CAPE}
     if trained:
         curve(trained, path.with_suffix(".png"))
-    for name in (BASE, CAPE):
-        if name in results:
-            path.with_name(f"{path.stem}_{name}.png").write_bytes((arguments.output / f"{name}.png").read_bytes())
+    if BASE in results:  # that of cape shows photographs, whose licence keeps them where they are: it stays in OUT
+        path.with_name(f"{path.stem}_{BASE}.png").write_bytes((arguments.output / f"{BASE}.png").read_bytes())
     return 0
 
 
