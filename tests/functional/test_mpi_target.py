@@ -260,4 +260,4 @@ def test_planes_may_be_views_of_one_tensor():
     both = torch.cat((arguments["rgb"], arguments["sigma"]), dim=2)
     rest = {name: value for name, value in arguments.items() if name not in ("rgb", "sigma", "depth")}
     view = render_target_view(both[:, :, :3], both[:, :, 3:], arguments["depth"], **rest)
-    assert torch.equal(view.rgb, render(arguments).rgb)
+    torch.testing.assert_close(view.rgb, render(arguments).rgb)

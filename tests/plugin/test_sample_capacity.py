@@ -38,7 +38,7 @@ def test_a_fixed_capacity_changes_neither_losses_nor_gradients():
     model.adapt_capacity()
     padded_losses, padded_gradients = losses_and_gradients(model, batch)
     assert all(function._compaction.capacity is not None for function in model.functions)
-    assert padded_losses == pytest.approx(losses, rel=1e-6)
+    assert padded_losses == pytest.approx(losses, rel=1e-5)
     for padded, exact in zip(padded_gradients, gradients, strict=True):
         torch.testing.assert_close(padded, exact, rtol=1e-4, atol=2e-6)  # matrix products of another size round differently
 

@@ -79,7 +79,7 @@ def test_density_and_colour_are_the_fields_at_the_samples_of_the_bundle():
         for r in range(5):
             points = rays.origins[b, r] + rays.lengths[b, r, 0, :, None] * rays.directions[b, r]
             expected = function.field.density(points)
-            torch.testing.assert_close(density[b, r, 0, :, 0], expected)
+            torch.testing.assert_close(density[b, r, 0, :, 0], expected, rtol=1e-5, atol=1e-5)
             weights, _, _ = rendering_weights(expected, interval_lengths(rays.lengths[b, r, 0]))
             colors = function.field.color(points, rays.directions[b, r], torch.zeros(7, dtype=torch.long))
             torch.testing.assert_close(color[b, r, 0], torch.where(weights[:, None] > 0, colors, 0), rtol=1e-4, atol=1e-6)
@@ -89,11 +89,13 @@ def test_only_samples_whose_weight_exceeds_the_threshold_get_a_colour():
     rays, everything = bundle(), tensorf(color_threshold=0.0).functions[0].eval()
     frugal = tensorf(color_threshold=0.1).functions[0].eval()
     density, color, _ = frugal(ray_bundle=rays)
-    assert torch.equal(density, everything(ray_bundle=rays)[0])
+    full_density, full_color, _ = everything(ray_bundle=rays)
+    assert torch.equal(density, full_density)
     weights, _, _ = rendering_weights(density[..., 0], interval_lengths(rays.lengths))
     seen = weights > 0.1
     assert 0 < seen.sum() < seen.numel() / 2
-    assert (color[~seen] == 0).all() and torch.equal(color[seen], everything(ray_bundle=rays)[1][seen])
+    assert (color[~seen] == 0).all()
+    torch.testing.assert_close(color[seen], full_color[seen])  # not to the bit: products of fewer rows may be rounded otherwise
 
 
 def test_skipped_samples_have_no_density_and_cost_no_lookup(monkeypatch):
@@ -125,7 +127,7 @@ def test_a_fixed_capacity_changes_neither_losses_nor_gradients():
     function = model.functions[0]
     assert function._compaction.capacity is not None and function._color_compaction.capacity is not None
     padded_losses, padded_gradients = outcome()
-    assert padded_losses == pytest.approx(losses, rel=1e-6)
+    assert padded_losses == pytest.approx(losses, rel=1e-5)
     for one, other in zip(gradients, padded_gradients):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-7)
 
