@@ -12,6 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = "co3d_ensemble"
 FLOORS = {
+    "base": 0,
     "functional": 0,
     "fields": 1,
     "data": 1,
@@ -31,7 +32,7 @@ FLOORS = {
     "fleet": 10,
     "scripts": 6,  # what launch scripts share
 }
-LEAVES = ("config", "config_checks", "files", "scripts", "settings")  # import only each other, so all but functional may import them
+LEAVES = ("config", "config_checks", "files", "scripts", "settings")  # import only each other and base; all above floor 0 may import them
 MAX_LAUNCH_LINES = 120
 MODULES = sorted((REPOSITORY / PACKAGE).rglob("*.py"))
 SCRIPTS = sorted((REPOSITORY / "launch").glob("*.py"))
@@ -79,11 +80,11 @@ def _problem(room: str, name: str) -> str | None:
         return None
     target = rest[0]
     if target in LEAVES:
-        return "functional imports nothing but itself" if room == "functional" else None
+        return f"{room} imports nothing but itself" if room in ("base", "functional") else None
     if target not in FLOORS:
         return f"{target!r} has no floor"
     if room in ("", *LEAVES):
-        return f"{room or PACKAGE} imports nothing of the package"
+        return None if room and target == "base" else f"{room or PACKAGE} imports nothing of the package"
     if FLOORS[target] >= FLOORS[room]:
         return f"floor {FLOORS[room]} may only import below itself, {target} is on floor {FLOORS[target]}"
     return None
@@ -117,6 +118,10 @@ def test_launch_scripts_are_thin(path):
         ("functional.losses", "from co3d_ensemble.fields import vm_field", "below itself"),
         ("functional.losses", "import numpy as np", "standard library"),
         ("functional.losses", "from co3d_ensemble import config", "nothing but itself"),
+        ("functional.losses", "from co3d_ensemble.base import precision", "below itself"),
+        ("base.precision", "from co3d_ensemble.functional import types", "below itself"),
+        ("base.precision", "from co3d_ensemble import files", "nothing but itself"),
+        ("base.precision", "import pytorch3d", "only plugin"),
         ("fields.vm_field", "from ..data.ray_bank import RayBank", "below itself"),
         ("data.ray_bank", "from .. import fields", "below itself"),
         ("data.co3d", "def f():\n    from pytorch3d.renderer import cameras", "only plugin"),
@@ -148,6 +153,8 @@ def test_the_checker_reads_relative_imports_of_a_package_from_the_package_itself
     [
         ("functional.fusion", "import math\nimport torch\nfrom co3d_ensemble.functional.types import Frame\nfrom .metrics import iou"),
         ("fields.vm_field", "from co3d_ensemble.functional import vm\nfrom co3d_ensemble.config import NeRFConfig\nimport numpy"),
+        ("config", "from co3d_ensemble.base.precision import AUTO\nfrom co3d_ensemble.settings import setting"),
+        ("files", "from co3d_ensemble.base import precision"),
         ("plugin.renderer", "import pytorch3d\nfrom co3d_ensemble.data.ray_bank import RayBank"),
         ("pipeline", "from co3d_ensemble import mine, config, __version__\nimport co3d_ensemble.plugin"),
     ],
