@@ -48,7 +48,8 @@ def verify_png(data: bytes) -> PNGHeader:
     names: list[bytes] = []
     header = b""
     n_bytes = 0
-    for name, content, n_bytes in _chunks(data):
+    for name, content, end in _chunks(data):
+        n_bytes = end
         if (name == b"IHDR") != (not names):
             raise ValueError("has more than one header" if names else f"begins with a chunk {name!r} where its header should be")
         if name == b"IHDR":
