@@ -97,7 +97,7 @@ def test_a_fixed_room_for_occupied_samples_changes_neither_outputs_nor_gradients
         results.append((density.detach(), color.detach(), *(p.grad.clone() for p in function.parameters())))
         function.adapt_capacity()
     for exact, padded in zip(*results):
-        torch.testing.assert_close(padded, exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(padded, exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
 
 
 def test_noise_is_on_the_raw_density_in_training_only():

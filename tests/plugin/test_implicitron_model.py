@@ -105,8 +105,8 @@ def test_a_rendered_view_is_the_naive_composite_with_depth_as_z():
     view = model.render_view(camera(), chunk_rays=1000)
     rgb, depth, mask = naive_render(model, camera())
     assert ((mask > SURFACE_ALPHA) & (mask < 0.9)).any()  # else a depth that is not divided by the opacity passes too
-    assert (view.rgb - rgb).abs().max() <= 1e-4
-    assert (view.mask[0] - mask).abs().max() <= 1e-4
+    assert (view.rgb - rgb).abs().max() <= 1e-3  # products of other sizes round otherwise, and densities are large
+    assert (view.mask[0] - mask).abs().max() <= 1e-3
     assert (view.depth[0] - depth).abs().max() <= 1e-3
 
 
@@ -140,7 +140,7 @@ def test_chunks_do_not_change_a_view(model_class_type):
     model = build(model_class_type)
     whole, chunked = (model.render_view(camera(), chunk_rays=n) for n in (1000, 7))
     for name in ("rgb", "depth", "mask"):
-        assert (getattr(whole, name) - getattr(chunked, name)).abs().max() <= 1e-4
+        assert (getattr(whole, name) - getattr(chunked, name)).abs().max() <= 1e-3
 
 
 @pytest.mark.parametrize("size", [(5, 8), (9, 4), (6, 6)])

@@ -106,7 +106,7 @@ def test_skipped_samples_have_no_density_and_cost_no_lookup(monkeypatch):
     monkeypatch.setattr(VMField, "density", lambda self, points: looked_up.append(len(points)) or original(self, points))
     density, color, _ = function(ray_bundle=rays, occupied=occupied)
     assert looked_up == [int(occupied.sum())]
-    torch.testing.assert_close(density, function(ray_bundle=rays)[0] * occupied[..., None])
+    torch.testing.assert_close(density, function(ray_bundle=rays)[0] * occupied[..., None], rtol=1e-5, atol=1e-5)
     assert (density > 0).any() and (color[~occupied] == 0).all()
 
 
@@ -129,7 +129,7 @@ def test_a_fixed_capacity_changes_neither_losses_nor_gradients():
     padded_losses, padded_gradients = outcome()
     assert padded_losses == pytest.approx(losses, rel=1e-5)
     for one, other in zip(gradients, padded_gradients):
-        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-4 * one.abs().max().item())
 
 
 def test_it_is_a_single_pass():
