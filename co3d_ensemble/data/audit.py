@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from co3d_ensemble.functional.cameras import NDC_FORMATS
 logger = logging.getLogger(__name__)
 
 MAX_ROTATION_ERROR = 1e-3  # largest |R R^T - I|: 100x what float32 annotations leave, 0.03 degrees of shear
+MAX_CAMERA_NUMBER = 1e18  # of any number of a camera: its square is finite in float32
 MASK_HALF = 128  # a mask is foreground above 0.5, and 8-bit masks hold probability * 255
 SHOWN_FINDINGS = 5
 DEPTH_MODES = ("I;16", "I;16B", "I")  # 16-bit PNG as the versions of PIL name it
@@ -177,14 +177,14 @@ def hold_out(subset: Subset, val_share: float, *, max_val_frames: int | None = N
 def camera_faults(record: FrameRecord) -> list[tuple[Problem, str]]:
     """Why a frame's annotated camera cannot be rendered from, as predicates of "camera"; empty for a good one.
 
-    Good: a known intrinsics format, finite R, T, focal length and principal point, focal > 0, R a rotation within
-    ``MAX_ROTATION_ERROR``.
+    Good: a known intrinsics format, R, T, focal length and principal point finite, also their squares in float32, focal > 0, R a
+    rotation within ``MAX_ROTATION_ERROR``.
     """
     faults = []
     if record.intrinsics_format not in NDC_FORMATS:
         faults.append((Problem.INTRINSICS_FORMAT, f"has the unknown intrinsics format {record.intrinsics_format!r}"))
     values = {"R": sum(record.R, ()), "T": record.T, "focal length": record.focal, "principal point": record.principal}
-    bad = [name for name, numbers in values.items() if not all(map(math.isfinite, numbers))]
+    bad = [name for name, numbers in values.items() if not all(abs(number) <= MAX_CAMERA_NUMBER for number in numbers)]
     if bad:
         faults.append((Problem.CAMERA_NOT_FINITE, f"has no finite {', '.join(bad)}"))
     if "focal length" not in bad and min(record.focal) <= 0:
@@ -280,7 +280,7 @@ class _FrameCheck:
         record = self.record
         if record.depth_path is None:
             return
-        if not 0 < record.depth_scale_adjustment < math.inf:
+        if not 0 < record.depth_scale_adjustment <= MAX_CAMERA_NUMBER:
             self.add(Problem.DEPTH_VALUES, record.depth_path, f"depth has scale_adjustment {record.depth_scale_adjustment}", DEPTH)
         for path, kind in ((record.depth_path, "depth"), (record.depth_mask_path, "depth mask")):
             picture = self._open(path, kind, DEPTH) if path is not None else None
@@ -294,10 +294,10 @@ class _FrameCheck:
 
     def _open(self, path: Path, kind: str, spoils: str = FRAME) -> _Picture | None:
         """The file's header (and pixels when decoding), or None after noting why there is none."""
-        if not path.is_file():
-            self.add(Problem.MISSING_FILE, path, f"{kind} file is missing", spoils)
-            return None
         try:
+            if not path.is_file():
+                self.add(Problem.MISSING_FILE, path, f"{kind} file is missing", spoils)
+                return None
             return _read_picture(path, self.decode)
         except DECODE_ERRORS as error:
             self.add(Problem.UNREADABLE, path, f"{kind} is unreadable or truncated: {error}", spoils)

@@ -5,85 +5,22 @@ Reads the JSON only, never a picture; ``audit.py`` looks at the files. Format: h
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
-import math
 import os
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from co3d_ensemble.functional.cameras import pinhole_from_ndc
-from co3d_ensemble.functional.types import PinholeCamera
+from co3d_ensemble.base.messages import shown
+from co3d_ensemble.base.paths import inside, plain_part
+from co3d_ensemble.data.annotations import FRAME_ANNOTATIONS_FILE, CategoryAnnotations, FrameKey, FrameRecord, frame_key
+from co3d_ensemble.data.json_files import read_json
 
 logger = logging.getLogger(__name__)
 
 SUBSET_LIST_FILE = "category_to_subset_name_list.json"
-FRAME_ANNOTATIONS_FILE = "frame_annotations.jgz"
 KNOWN, VAL, TARGET, SOURCE = "known", "val", "target", "source"  # the roles; SOURCE: few-view input of a target
-DEFAULT_INTRINSICS_FORMAT = "ndc_norm_image_bounds"  # what Implicitron assumes where the annotation gives none
-
-FrameKey = tuple[str, int]
-
-
-@dataclass(frozen=True)
-class FrameRecord:
-    """One frame annotation; nothing is opened or checked (see ``audit.py``).
-
-    Attributes:
-        frame_number: the dataset's number, not the one in the file's name.
-        image_path, mask_path, depth_path, depth_mask_path: under the root; None where the annotation names no file.
-        mask_mass: soft number of mask pixels, None when not annotated.
-        depth_scale_adjustment: factor from the depth PNG's float16 to world units.
-        height, width: annotated picture size in pixels, 0 when the annotation gives none.
-        R: rotation as three rows, T: translation, ``X_view = X_world @ R + T``; NaN where the annotation is malformed.
-        focal, principal: normalised as ``intrinsics_format`` says.
-        frame_type: e.g. ``dev_known``, ``test_unseen``; empty when not annotated.
-    """
-
-    category: str
-    sequence_name: str
-    frame_number: int
-    frame_timestamp: float
-    image_path: Path
-    mask_path: Path | None
-    mask_mass: float | None
-    depth_path: Path | None
-    depth_mask_path: Path | None
-    depth_scale_adjustment: float
-    height: int
-    width: int
-    R: tuple[tuple[float, ...], ...]
-    T: tuple[float, ...]
-    focal: tuple[float, ...]
-    principal: tuple[float, ...]
-    intrinsics_format: str
-    frame_type: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.sequence_name}/{self.frame_number}"
-
-    @property
-    def key(self) -> FrameKey:
-        return self.sequence_name, self.frame_number
-
-    def camera(self) -> PinholeCamera:
-        """Float32 camera with intrinsics in pixels of the annotated picture size."""
-        return pinhole_from_ndc(
-            torch.tensor(self.R),
-            torch.tensor(self.T),
-            torch.tensor(self.focal),
-            torch.tensor(self.principal),
-            height=self.height,
-            width=self.width,
-            intrinsics_format=self.intrinsics_format,
-        )
 
 
 @dataclass(frozen=True)
@@ -159,15 +96,11 @@ class CO3DIndex:
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
-        self._annotations: dict[str, _CategoryAnnotations] = {}
+        self._annotations: dict[str, CategoryAnnotations] = {}
         path = self.root / SUBSET_LIST_FILE
         if not path.is_file():
             raise ValueError(_wrong_root_message(self.root))
-        subsets = _read_json(path)
-        well_formed = isinstance(subsets, dict) and all(isinstance(names, list) for names in subsets.values())
-        if not well_formed or not subsets:
-            raise ValueError(f"{path}: expected a non-empty object {{category: [subset name, ...]}}")
-        self._subsets: dict[str, list[str]] = subsets
+        self._subsets = _checked_subsets(read_json(path), path)
 
     def categories(self) -> list[str]:
         return list(self._subsets)
@@ -212,64 +145,56 @@ class CO3DIndex:
         Raises:
             ValueError: unknown category or subset, or a missing or corrupt file, which it names.
         """
+        self._require(category, name)
+        return read_subset(self.root, name, self._category(category))
+
+    def n_listed(self, category: str, name: str) -> int:
+        """Frames that a subset's set list gives to train on, whatever the annotations say of them.
+
+        Raises:
+            ValueError: as :meth:`subset`, of the set list alone.
+        """
+        self._require(category, name)
+        return len(_set_lists(self.root, category, name)[1]["train"])
+
+    def _require(self, category: str, name: str) -> None:
         if name not in self.subsets(category):
             raise ValueError(f"subset {name!r} of {category!r} does not exist; available: {', '.join(self.subsets(category))}")
-        lists_path = self.root / category / "set_lists" / f"set_lists_{name}.json"
-        lists = _read_json(lists_path)
-        if not isinstance(lists, dict) or "train" not in lists:
-            raise ValueError(f"{lists_path}: expected an object with the lists train, val and test")
-        batches_path = self.root / category / "eval_batches" / f"eval_batches_{name}.json"
-        if batches_path.is_file():
-            raw_batches = _read_json(batches_path)
-        else:
-            logger.warning("%s is missing: the targets are the list 'test' of %s", batches_path, lists_path)
-            raw_batches, batches_path = [[entry] for entry in lists.get("test") or []], lists_path
 
-        reader = _ListReader(self.root, self._category(category))
-        batches = reader.eval_batches(raw_batches, batches_path)
-        targets = reader.claim(TARGET, [batch.target for batch in batches])
-        known = reader.claim(KNOWN, reader.records(lists["train"], lists_path, KNOWN))
-        val = reader.claim(VAL, reader.records(lists.get("val") or [], lists_path, VAL))
-        return Subset(category, name, known, val, targets, tuple(batches), tuple(reader.faults))
-
-    def _category(self, category: str) -> _CategoryAnnotations:
+    def _category(self, category: str) -> CategoryAnnotations:
         if category not in self._annotations:
             self.subsets(category)  # names the available ones
-            self._annotations[category] = _CategoryAnnotations(self.root, category)
+            self._annotations[category] = CategoryAnnotations(self.root, category)
         return self._annotations[category]
 
 
-class _CategoryAnnotations:
-    """Parsed frame annotations of a category; records are built when asked for, as a category may have 100,000 frames."""
+def read_subset(root: Path, name: str, annotations: CategoryAnnotations) -> Subset:
+    """See :meth:`CO3DIndex.subset`; also for a root without a list of subsets."""
+    category = annotations.category
+    lists_path, lists = _set_lists(root, category, name)
+    batches_path = root / category / "eval_batches" / f"eval_batches_{name}.json"
+    if batches_path.is_file():
+        raw_batches = _checked_list(read_json(batches_path), batches_path)
+    else:
+        logger.warning("%s is missing: the targets are the list 'test' of %s", batches_path, lists_path)
+        raw_batches, batches_path = [[entry] for entry in lists["test"]], lists_path
 
-    def __init__(self, root: Path, category: str) -> None:
-        self.root, self.category = root, category
-        self.path = root / category / FRAME_ANNOTATIONS_FILE
-        entries = _read_json(self.path)
-        if not isinstance(entries, list) or not entries:
-            raise ValueError(f"{self.path}: expected a non-empty list of frame annotations")
-        self.by_key: dict[FrameKey, dict[str, Any]] = {}
-        self.repeated: set[FrameKey] = set()
-        self.keys_of_path: dict[str, list[FrameKey]] = {}
-        self._records: dict[FrameKey, FrameRecord] = {}
-        for i, entry in enumerate(entries):
-            try:
-                key = (str(entry["sequence_name"]), int(entry["frame_number"]))
-                path = os.path.normpath(entry["image"]["path"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{self.path}: entry {i} lacks sequence_name, frame_number or image.path ({error!r})") from error
-            if key in self.by_key:
-                self.repeated.add(key)  # the first one counts
-                continue
-            self.by_key[key] = entry
-            self.keys_of_path.setdefault(path, []).append(key)
+    reader = _ListReader(root, annotations)
+    batches = reader.eval_batches(raw_batches, batches_path)
+    targets = reader.claim(TARGET, [batch.target for batch in batches])
+    known = reader.claim(KNOWN, reader.records(lists["train"], lists_path, KNOWN))
+    val = reader.claim(VAL, reader.records(lists["val"], lists_path, VAL))
+    return Subset(category, name, known, val, targets, tuple(batches), tuple(reader.faults))
 
-    def record(self, key: FrameKey) -> FrameRecord | None:
-        if key not in self._records:
-            if key not in self.by_key:
-                return None
-            self._records[key] = _record_from_annotation(self.by_key[key], self.category, self.root)
-        return self._records[key]
+
+def _set_lists(root: Path, category: str, name: str) -> tuple[Path, dict[str, list[Any]]]:
+    """The file and its lists by split; val and test are empty where the file has null or nothing."""
+    path = root / category / "set_lists" / f"set_lists_{name}.json"
+    lists = read_json(path)
+    if not isinstance(lists, dict) or "train" not in lists:
+        raise ValueError(f"{path}: expected an object with the lists train, val and test")
+    found = {"train": lists["train"]} | {split: [] if lists.get(split) is None else lists[split] for split in ("val", "test")}
+    return path, {split: _checked_list(entries, path, f" under {split!r}") for split, entries in found.items()}
 
 
 class _Entry(NamedTuple):
@@ -280,28 +205,33 @@ class _Entry(NamedTuple):
     list_path: Path
 
     @classmethod
-    def parse(cls, raw: Any, list_path: Path) -> _Entry:
+    def parse(cls, raw: Any, root: Path, list_path: Path) -> _Entry:
+        if not isinstance(raw, list) or len(raw) not in (2, 3):
+            raise ValueError(f"{list_path}: entry {shown(raw)} is not [sequence, frame number, picture path]")
         try:
-            picture = os.path.normpath(raw[2]) if len(raw) > 2 else None
-            return cls((str(raw[0]), int(raw[1])), picture, list_path)
-        except (IndexError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{list_path}: entry {raw!r} is not [sequence, frame number, picture path]") from error
+            picture = raw[2] if len(raw) == 3 else None
+            if picture is not None:
+                inside(root, picture)
+                picture = os.path.normpath(picture)
+            return cls(frame_key(raw[0], raw[1]), picture, list_path)
+        except ValueError as error:
+            raise ValueError(f"{list_path}: entry {shown(raw)} is not [sequence, frame number, picture path]: {error}") from error
 
 
 class _ListReader:
     """Turns list entries into records, noting what contradicts the annotations; holds which frame is taken by which role."""
 
-    def __init__(self, root: Path, annotations: _CategoryAnnotations) -> None:
+    def __init__(self, root: Path, annotations: CategoryAnnotations) -> None:
         self.root, self.annotations = root, annotations
         self.faults: list[ListFault] = []
         self._role_of: dict[FrameKey, str] = {}
 
-    def eval_batches(self, raw: Any, path: Path) -> list[EvalBatch]:
+    def eval_batches(self, raw: Sequence[Any], path: Path) -> list[EvalBatch]:
         batches: list[EvalBatch] = []
         seen = set()
-        for i, entries in enumerate(_checked_list(raw, path)):
+        for i, entries in enumerate(raw):
             if not isinstance(entries, list) or not entries:
-                raise ValueError(f"{path}: batch {i} is not a non-empty list of entries: {entries!r}")
+                raise ValueError(f"{path}: batch {i} is not a non-empty list of entries: {shown(entries)}")
             target = self.records(entries[:1], path, TARGET)
             sources = self.records(entries[1:], path, SOURCE)
             if not target:
@@ -309,18 +239,18 @@ class _ListReader:
             batch = EvalBatch(target[0], tuple(sources))
             identity = (batch.target.key, tuple(source.key for source in sources))
             if identity in seen:
-                entry = _Entry.parse(entries[0], path)
+                entry = _Entry.parse(entries[0], self.root, path)
                 self._fault("duplicate", TARGET, entry, "stands twice in the eval batches; it is rendered once")
                 continue
             seen.add(identity)
             batches.append(batch)
         return batches
 
-    def records(self, raw: Any, path: Path, role: str) -> list[FrameRecord]:
+    def records(self, raw: Sequence[Any], path: Path, role: str) -> list[FrameRecord]:
         """Records of ``[sequence, frame number, picture path]`` entries; entries without annotation become faults."""
         records = []
-        for raw_entry in _checked_list(raw, path):
-            entry = _Entry.parse(raw_entry, path)
+        for raw_entry in raw:
+            entry = _Entry.parse(raw_entry, self.root, path)
             record = self.annotations.record(entry.key)
             picture = entry.picture or (relative_path(record.image_path, self.root) if record else None)
             owners = [key for key in self.annotations.keys_of_path.get(picture, ()) if key != entry.key]
@@ -377,67 +307,23 @@ def relative_path(path: Path | str, root: Path | str) -> str:
     return os.path.relpath(path, root)
 
 
-def _record_from_annotation(entry: dict[str, Any], category: str, root: Path) -> FrameRecord:
-    mask, depth, viewpoint, meta = (_section(entry, name) for name in ("mask", "depth", "viewpoint", "meta"))
-    rows = viewpoint.get("R")
-    height, width = _numbers(entry["image"].get("size"), 2)
-    return FrameRecord(
-        category=category,
-        sequence_name=str(entry["sequence_name"]),
-        frame_number=int(entry["frame_number"]),
-        frame_timestamp=_number(entry.get("frame_timestamp")),
-        image_path=root / entry["image"]["path"],
-        mask_path=_optional_path(root, mask.get("path")),
-        mask_mass=mask.get("mass"),
-        depth_path=_optional_path(root, depth.get("path")),
-        depth_mask_path=_optional_path(root, depth.get("mask_path")),
-        depth_scale_adjustment=_number(depth.get("scale_adjustment", 1.0)),
-        height=int(height) if math.isfinite(height) else 0,
-        width=int(width) if math.isfinite(width) else 0,
-        R=tuple(_numbers(row, 3) for row in (rows if isinstance(rows, list) and len(rows) == 3 else (None,) * 3)),
-        T=_numbers(viewpoint.get("T"), 3),
-        focal=_numbers(viewpoint.get("focal_length"), 2),
-        principal=_numbers(viewpoint.get("principal_point"), 2),
-        intrinsics_format=viewpoint.get("intrinsics_format") or DEFAULT_INTRINSICS_FORMAT,
-        frame_type=meta.get("frame_type") or "",
-    )
-
-
-def _section(entry: dict[str, Any], name: str) -> dict[str, Any]:
-    section = entry.get(name)
-    return section if isinstance(section, dict) else {}
-
-
-def _optional_path(root: Path, value: Any) -> Path | None:
-    return root / value if isinstance(value, str) and value else None
-
-
-def _number(value: Any) -> float:
-    """``value`` as a float, NaN when it is none: one bad frame must not hide the others, and the audit names it."""
-    return float(value) if isinstance(value, (int, float)) else math.nan
-
-
-def _numbers(values: Any, n: int) -> tuple[float, ...]:
-    if not isinstance(values, (list, tuple)) or len(values) != n:
-        return (math.nan,) * n
-    return tuple(_number(value) for value in values)
-
-
-def _checked_list(raw: Any, path: Path) -> list[Any]:
+def _checked_list(raw: Any, path: Path, where: str = "") -> list[Any]:
     if not isinstance(raw, list):
-        raise ValueError(f"{path}: expected a list of entries, got {type(raw).__name__}")
+        raise ValueError(f"{path}: expected a list of entries, got {type(raw).__name__}{where}")
     return raw
 
 
-def _read_json(path: Path) -> Any:
-    """Content of a .json or gzipped .jgz file; ValueError names the file when it is missing or corrupt."""
-    try:
-        data = path.read_bytes()
-        return json.loads(gzip.decompress(data) if path.suffix == ".jgz" else data)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is missing") from error
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+def _checked_subsets(content: Any, path: Path) -> dict[str, list[str]]:
+    """Subset names by category, each once. Runs and renders go to folders of these names, so each is one plain part of a path."""
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: expected a non-empty object {{category: [subset name, ...]}}")
+    subsets = {}
+    for category, names in content.items():
+        plain_part(category, f"{path}: category")
+        if not isinstance(names, list):
+            raise ValueError(f"{path}: category {category!r}: expected a list of subset names, got {shown(names)}")
+        subsets[category] = list(dict.fromkeys(plain_part(name, f"{path}: category {category!r}, subset name") for name in names))
+    return subsets
 
 
 def _wrong_root_message(root: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,7 +91,7 @@ def make_plan(settings: FleetConfig, overrides: Sequence[str]) -> Plan:
         measured = measured_seconds(settings.output_dir, names[model])
         mean = sum(measured.values()) / len(measured) if measured else None
         for name, (category, subset) in zip(names[model], subsets, strict=True):
-            work = work_of(config) * (1 + 1e-3 * n_listed_frames(index.root, category, subset))
+            work = work_of(config) * (1 + 1e-3 * n_listed_frames(index, category, subset))
             command = command_of(settings, models.overrides[model], category, subset, model)
             jobs.append(Job(name, command, recipe, measured.get(name, mean), work))
     return Plan(models, subsets, longest_first(jobs))
@@ -144,12 +143,11 @@ def measured_seconds(output_dir: Path | str, names: Sequence[str]) -> dict[str, 
     return found
 
 
-def n_listed_frames(root: Path, category: str, subset: str) -> int:
+def n_listed_frames(index: CO3DIndex, category: str, subset: str) -> int:
     """Frames that a subset's set list gives to train on; 0 where it cannot be read (the job itself will say why)."""
     try:
-        lists = json.loads((root / category / "set_lists" / f"set_lists_{subset}.json").read_text())
-        return len(lists["train"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return index.n_listed(category, subset)
+    except ValueError:
         return 0
 
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import logging
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from co3d_ensemble.base.messages import shown
+from co3d_ensemble.base.paths import inside
 from co3d_ensemble.data.co3d import FrameRecord
+from co3d_ensemble.data.json_files import read_json
 from co3d_ensemble.functional.cameras import opencv_from_pinhole, pixel_centers
 from co3d_ensemble.functional.types import Frame
 from co3d_ensemble.mine.pictures import picture_size, read_picture
@@ -33,15 +33,15 @@ class SequenceClouds:
 
     def __init__(self, root: Path | str) -> None:
         self._root = Path(root)
-        self._paths: dict[str, dict[str, str | None]] = {}
+        self._paths: dict[str, dict[str, Path]] = {}
         self._points: dict[Path, Tensor] = {}
 
     def path(self, record: FrameRecord, *, required: bool = False) -> Path | None:
         """The file of the frame's sequence, or None; with ``required`` also one that is named and missing, an error where it is read."""
         if record.category not in self._paths:
-            self._paths[record.category] = _cloud_paths(self._root / record.category / SEQUENCE_ANNOTATIONS_FILE)
-        name = self._paths[record.category].get(record.sequence_name)
-        return self._root / name if name and (required or (self._root / name).is_file()) else None
+            self._paths[record.category] = _cloud_paths(self._root, record.category)
+        path = self._paths[record.category].get(record.sequence_name)
+        return path if path is not None and (required or path.is_file()) else None
 
     def seen(self, path: Path, K: Tensor, R: Tensor, t: Tensor, *, height: int, width: int) -> Tensor:
         """(x, y, z) of the cloud's points that a camera sees, see :func:`seen_points`."""
@@ -52,15 +52,28 @@ class SequenceClouds:
         return seen_points(self._points[path] @ R.T + t, K, height=height, width=width)
 
 
-def _cloud_paths(path: Path) -> dict[str, str | None]:
-    """Path of each sequence's point cloud, relative to the root; empty where there are no sequence annotations."""
+def _cloud_paths(root: Path, category: str) -> dict[str, Path]:
+    """Point cloud of each sequence that names one; empty where there are no sequence annotations.
+
+    Raises:
+        ValueError: the annotations are no list of objects, or a path leads out of the root, naming file, entry and key.
+    """
+    path = root / category / SEQUENCE_ANNOTATIONS_FILE
     if not path.is_file():
         return {}
-    try:
-        entries = json.loads(gzip.decompress(path.read_bytes()))
-        return {entry["sequence_name"]: (entry.get("point_cloud") or {}).get("path") for entry in entries}
-    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read: {error!r}") from error
+    entries, found = read_json(path), {}
+    if not isinstance(entries, list):
+        raise ValueError(f"{path}: expected a list of sequence annotations, got {shown(entries)}")
+    for i, entry in enumerate(entries):
+        cloud = entry.get("point_cloud") if isinstance(entry, dict) else None
+        if not isinstance(entry, dict) or not isinstance(entry.get("sequence_name"), str) or not isinstance(cloud, dict | None):
+            raise ValueError(f"{path}: entry {i} is not an object with a sequence_name and a point_cloud or null: {shown(entry)}")
+        if cloud and cloud.get("path") is not None:
+            try:
+                found[entry["sequence_name"]] = inside(root, cloud["path"])
+            except ValueError as error:
+                raise ValueError(f"{path}: entry {i} ({shown(entry['sequence_name'])}): point_cloud.path: {error}") from error
+    return found
 
 
 def has_depth(record: FrameRecord) -> bool:

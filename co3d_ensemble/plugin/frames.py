@@ -11,31 +11,36 @@ import functools
 import logging
 import os
 import struct
-import sys
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pytorch3d.implicitron.dataset.frame_data import FrameData
 from pytorch3d.implicitron.dataset.json_index_dataset import JsonIndexDataset
-from pytorch3d.implicitron.dataset.json_index_dataset_map_provider_v2 import JsonIndexDatasetMapProviderV2
-from pytorch3d.implicitron.dataset.types import FrameAnnotation
+from pytorch3d.implicitron.dataset.types import (
+    DepthAnnotation,
+    FrameAnnotation,
+    ImageAnnotation,
+    MaskAnnotation,
+    SequenceAnnotation,
+    ViewpointAnnotation,
+)
 from pytorch3d.implicitron.tools.config import expand_args_fields
 from pytorch3d.renderer.cameras import PerspectiveCameras
 from torch import Tensor
 
+from co3d_ensemble.base.paths import plain_part
+from co3d_ensemble.data.annotations import FRAME_ANNOTATIONS_FILE, CategoryAnnotations, FrameKey, FrameRecord
+from co3d_ensemble.data.audit import camera_faults
+from co3d_ensemble.data.co3d import read_subset
 from co3d_ensemble.functional.cameras import ndc_from_pinhole, pinhole_from_ndc
 from co3d_ensemble.functional.types import Frame, PinholeCamera
 
 logger = logging.getLogger(__name__)
-
-FrameKey = tuple[str, int]  # (sequence_name, frame_number)
-
-# A dataset that counts as filtered accepts set lists with frames that it does not hold; this filter removes nothing.
-_ALLOW_MISSING = {"limit_sequences_to": sys.maxsize}
 
 # what Pillow, zlib and the dataset raise on a missing, truncated, foreign or wrongly sized file
 _READ_ERRORS = (OSError, ValueError, SyntaxError, AssertionError, struct.error, zlib.error)
@@ -55,18 +60,18 @@ def load_frames(
     Args:
         dataset_root: CO3Dv2 root folder.
         category, subset_name: e.g. "cape", "manyview_dev_0".
-        keys: (sequence_name, frame_number) of frames in the subset's train, val or test list.
+        keys: (sequence_name, frame_number) of frames in the subset's lists or eval batches.
         longest_side: area-average pictures and masks (depth: nearest) down to this longest side in pixels; smaller
             pictures are left alone; None: original size.
         load_depths: True: depth and its mask, required; False: neither; "auto": both where the annotation names them
             and the files are there.
 
     Raises:
-        ValueError: the root, category or subset is not there, a key is in none of the lists, or a file cannot be read;
-            the message names the frame and the file.
+        ValueError: the root, category or subset is not there or malformed, a key is in none of the lists, or a frame has no mask, no
+            usable camera or a file that cannot be read; the message names the frame and the file.
     """
-    datasets = _datasets(str(dataset_root), category, subset_name)
-    return [_load_frame(datasets, key, longest_side=longest_side, load_depths=load_depths) for key in keys]
+    subset = _opened(str(dataset_root), category, subset_name)
+    return [_load_frame(subset, key, longest_side=longest_side, load_depths=load_depths) for key in keys]
 
 
 def pinhole_camera(cameras: PerspectiveCameras, index: int, *, height: int, width: int) -> PinholeCamera:
@@ -107,80 +112,96 @@ def _overlap(n_in: int, n_out: int, like: Tensor) -> Tensor:
     return (overlap.clamp_min(0) / ratio).to(like.dtype)
 
 
-class _SubsetProvider(JsonIndexDatasetMapProviderV2):
-    """The stock provider stops on one wrong line of a set list; this one leaves lines to the audit of the data.
+class _CheckedDataset(JsonIndexDataset):
+    """Implicitron's data set over frames that the index has read and checked.
 
-    A line whose path differs from the annotation's is kept under its (sequence, frame number): the annotation decides
-    what is read. A line without an annotation is left out (``_ALLOW_MISSING``), and asking for that frame is then the error.
+    The stock one parses the annotations itself: where they are not as it expects, it ends in a traceback that names no file, or
+    reads something else in silence (one rotation of two rows cuts those of all frames).
     """
 
-    def _load_annotation_json(self, json_filename: str) -> Any:
-        loaded = super()._load_annotation_json(json_filename)
-        if "set_lists" not in json_filename:
-            return loaded
-        return {split: [(str(line[0]), int(line[1])) for line in loaded.get(split, [])] for split in ("train", "val", "test")}
+    records: Any = ()  # of the frames, in order
+
+    def _load_frames(self) -> None:
+        self.frame_annots = [{"frame_annotation": _annotation(record, self.dataset_root), "subset": None} for record in self.records]
+
+    def _load_sequences(self) -> None:
+        self.seq_annots = {record.sequence_name: SequenceAnnotation(record.sequence_name, record.category) for record in self.records}
 
 
-def _datasets(dataset_root: str, category: str, subset_name: str) -> dict[FrameKey, tuple[JsonIndexDataset, int]]:
-    folder = os.path.join(dataset_root, category)
-    files = [
-        os.path.join(folder, "frame_annotations.jgz"),
-        os.path.join(folder, "sequence_annotations.jgz"),
-        os.path.join(folder, "set_lists", f"set_lists_{subset_name}.json"),
-    ]
-    for path in files:
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"{path} is not there: check dataset_root={dataset_root!r}, category={category!r}, subset_name={subset_name!r}"
-            )
-    stamps = tuple((os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in files)
-    return _cached_datasets(dataset_root, category, subset_name, stamps)
+def _annotation(record: FrameRecord, root: str) -> FrameAnnotation:
+    """What Implicitron reads a frame by."""
 
+    def relative(path: Path | None) -> str | None:
+        return None if path is None else os.path.relpath(path, root)
 
-@functools.lru_cache(maxsize=2)  # the annotations of a large category take a minute to parse and gigabytes to keep
-def _cached_datasets(
-    dataset_root: str, category: str, subset_name: str, stamps: tuple[tuple[int, int], ...]
-) -> dict[FrameKey, tuple[JsonIndexDataset, int]]:
-    """(dataset, index) of every annotated frame of the subset; ``stamps`` only tell changed files from known ones."""
-    expand_args_fields(_SubsetProvider)
-    provider = _SubsetProvider(
-        category=category,
-        subset_name=subset_name,
-        dataset_root=dataset_root,
-        load_eval_batches=False,
-        dataset_JsonIndexDataset_args={
-            "load_depths": True,  # of each frame: see _load_frame
-            "load_depth_masks": True,
-            "mask_images": False,
-            "mask_depths": False,
-            "image_height": None,
-            "image_width": None,
-            "box_crop": False,
-            "remove_empty_masks": False,  # targets of test sequences may have none
-            **_ALLOW_MISSING,
-        },
+    mask, depth = relative(record.mask_path), relative(record.depth_path)
+    return FrameAnnotation(
+        sequence_name=record.sequence_name,
+        frame_number=record.frame_number,
+        frame_timestamp=record.frame_timestamp,
+        image=ImageAnnotation(relative(record.image_path), (record.height, record.width)),
+        mask=None if mask is None else MaskAnnotation(mask, record.mask_mass),
+        depth=None if depth is None else DepthAnnotation(depth, record.depth_scale_adjustment, relative(record.depth_mask_path)),
+        viewpoint=ViewpointAnnotation(record.R, record.T, record.focal, record.principal, record.intrinsics_format),
+        meta={"frame_type": record.frame_type},
     )
-    splits = provider.get_dataset_map()
-    return {
-        (entry["frame_annotation"].sequence_name, entry["frame_annotation"].frame_number): (dataset, index)
-        for dataset in (splits.train, splits.val, splits.test)
-        for index, entry in enumerate(dataset.frame_annots)
-    }
 
 
-def _load_frame(
-    datasets: dict[FrameKey, tuple[JsonIndexDataset, int]],
-    key: FrameKey,
-    *,
-    longest_side: int | None,
-    load_depths: bool | Literal["auto"],
-) -> Frame:
+@dataclass(frozen=True)
+class _Subset:
+    """The annotated frames of a subset: Implicitron's data set, and each frame's place in it and record by key."""
+
+    dataset: JsonIndexDataset
+    places: dict[FrameKey, int]
+    records: tuple[FrameRecord, ...]
+
+
+def _opened(dataset_root: str, category: str, subset_name: str) -> _Subset:
+    """What :func:`_cached` holds, read again where a file has changed."""
+    folder = Path(dataset_root) / plain_part(category, "category")
+    plain_part(subset_name, "subset_name")
+    files = [
+        folder / FRAME_ANNOTATIONS_FILE,
+        folder / "set_lists" / f"set_lists_{subset_name}.json",
+        folder / "eval_batches" / f"eval_batches_{subset_name}.json",
+    ]
+    stamps = tuple((path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None for path in files)
+    return _cached(dataset_root, category, subset_name, stamps)
+
+
+@functools.lru_cache(maxsize=2)  # the annotations of a large category take seconds to parse and gigabytes to keep
+def _cached(dataset_root: str, category: str, subset_name: str, stamps: tuple[tuple[int, int] | None, ...]) -> _Subset:
+    """``stamps`` only tell changed files from known ones."""
+    subset = read_subset(Path(dataset_root), subset_name, CategoryAnnotations(Path(dataset_root), category))
+    sources = [source for batch in subset.eval_batches for source in batch.sources]
+    records = tuple({record.key: record for record in (*subset.known, *subset.val, *subset.targets, *sources)}.values())
+    expand_args_fields(_CheckedDataset)
+    dataset = _CheckedDataset(
+        records=records,
+        dataset_root=dataset_root,
+        load_depths=True,  # of each frame: see _load_frame
+        load_depth_masks=True,
+        mask_images=False,
+        mask_depths=False,
+        image_height=None,
+        image_width=None,
+        box_crop=False,
+        remove_empty_masks=False,  # targets of test sequences may have none
+    )
+    return _Subset(dataset, {record.key: place for place, record in enumerate(records)}, records)
+
+
+def _load_frame(subset: _Subset, key: FrameKey, *, longest_side: int | None, load_depths: bool | Literal["auto"]) -> Frame:
     name = f"{key[0]}/{key[1]}"
-    if tuple(key) not in datasets:
+    if tuple(key) not in subset.places:
         raise ValueError(f"frame {name}: not among the annotated frames of the subset")
-    dataset, index = datasets[tuple(key)]
-    entry = dataset.frame_annots[index]
+    dataset, place = subset.dataset, subset.places[tuple(key)]
+    entry, record = dataset.frame_annots[place], subset.records[place]
     annotation = entry["frame_annotation"]
+    if annotation.mask is None:
+        raise ValueError(f"frame {name}: the annotation of {annotation.image.path} gives no mask")
+    for _, what in camera_faults(record):
+        raise ValueError(f"frame {name}: the camera of {annotation.image.path} {what}")
     if not _wants_depth(annotation, dataset.dataset_root, load_depths, name):
         annotation = replace(annotation, depth=None)
     single = copy.copy(dataset)  # shares everything but the one annotation
@@ -193,9 +214,6 @@ def _load_frame(
     except _READ_ERRORS as error:
         files = [annotation.image.path, annotation.mask and annotation.mask.path, annotation.depth and annotation.depth.path]
         raise ValueError(f"frame {name}: cannot read {', '.join(filter(None, files))}: {error}") from error
-    missing = [field for field in ("image_rgb", "fg_probability", "camera") if getattr(data, field) is None]
-    if missing:
-        raise ValueError(f"frame {name}: the annotation of {annotation.image.path} gives no {', '.join(missing)}")
     return _frame_from_data(data, name, longest_side)
 
 

@@ -273,11 +273,17 @@ def test_a_picture_of_another_size_than_annotated_is_found(tiny):
     assert "32x24" in finding.message and "24x32" in finding.message
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, None])
+@pytest.mark.parametrize("value", [math.nan, math.inf, None, 1e30, 10**400, True])
 @pytest.mark.parametrize("name", ["T", "focal_length", "principal_point"])
 def test_a_camera_that_is_not_finite_is_fatal(tiny, name, value):
     tiny.annotations[3]["viewpoint"][name][0] = value
     assert_finding(only(tiny.audit(decode=False)), Problem.CAMERA_NOT_FINITE, tiny.relative("images", 3), True)
+
+
+def test_a_path_that_the_system_takes_for_too_long_is_a_finding(tiny):
+    tiny.annotations[3]["mask"]["path"] = "/".join(["cup/s1"] + ["x" * 200] * 30)
+    finding = only(tiny.audit(decode=False))
+    assert finding.problem is Problem.UNREADABLE and finding.name == "s1/3"
 
 
 def test_a_frame_without_a_viewpoint_is_fatal(tiny):

@@ -265,12 +265,103 @@ def test_a_missing_file_is_named(tmp_path, name):
         ("cup/set_lists/set_lists_manyview_dev_0.json", {"train": {"s1": 0}}, "expected a list of entries, got dict"),
         ("cup/eval_batches/eval_batches_manyview_dev_0.json", [[]], "batch 0 is not a non-empty list"),
         ("category_to_subset_name_list.json", {}, "expected a non-empty object"),
+        ("category_to_subset_name_list.json", ["cup"], "expected a non-empty object"),
+        ("category_to_subset_name_list.json", {"cup": None}, "category 'cup': expected a list"),
+        ("category_to_subset_name_list.json", {"cup": [3]}, "category 'cup', subset name=3: expected a name"),
+        ("category_to_subset_name_list.json", {"cup": ["../x"]}, "category 'cup', subset name='../x': must be one plain part"),
+        ("category_to_subset_name_list.json", {"..": []}, "category='..': must be one plain part"),
+        ("cup/set_lists/set_lists_manyview_dev_0.json", None, "expected an object with the lists"),
+        ("cup/set_lists/set_lists_manyview_dev_0.json", {"train": None}, "expected a list of entries, got NoneType under 'train'"),
+        ("cup/set_lists/set_lists_manyview_dev_0.json", {"train": [], "val": {}}, "expected a list of entries, got dict under 'val'"),
+        ("cup/set_lists/set_lists_manyview_dev_0.json", {"train": [["s1", 3.7]]}, r"entry .*frame_number=3.7: expected an integer"),
+        ("cup/set_lists/set_lists_manyview_dev_0.json", {"train": [["s1", True]]}, r"entry .*frame_number=True: expected an integer"),
+        ("cup/set_lists/set_lists_manyview_dev_0.json", {"train": [["s1", "3"]]}, r"entry .*frame_number='3': expected an integer"),
+        ("cup/set_lists/set_lists_manyview_dev_0.json", {"train": [[106, 3]]}, r"entry .*sequence_name=106: expected a name"),
+        ("cup/set_lists/set_lists_manyview_dev_0.json", {"train": [["s1", 3, "/a.jpg"]]}, r"entry .*'/a.jpg' is no path relative to"),
+        ("cup/set_lists/set_lists_manyview_dev_0.json", {"train": ["s1"]}, "entry 's1' is not"),
+        ("cup/eval_batches/eval_batches_manyview_dev_0.json", None, "expected a list of entries, got NoneType"),
+        ("cup/eval_batches/eval_batches_manyview_dev_0.json", [[["s1", 10**400]]], "entry .*expected an integer"),
     ],
 )
 def test_a_file_of_the_wrong_shape_is_named(tmp_path, name, content, message):
     write_json(write_root(tmp_path) / name, content)
     with pytest.raises(ValueError, match=f"{Path(name).name}: {message}"):
         CO3DIndex(tmp_path).subset("cup", "manyview_dev_0")
+
+
+@pytest.mark.parametrize("where", ["image.path", "mask.path", "depth.path", "depth.mask_path"])
+@pytest.mark.parametrize("path", ["../outside/a.png", "cup/../../a.png", "/etc/passwd", 3, ["cup/a.png"], "\ud800.png", "a\0.png"])
+def test_a_path_out_of_the_root_is_refused_with_file_and_key(tmp_path, where, path):
+    content = annotation("cup", "s1", 0)
+    content["depth"] = {"path": "cup/s1/depths/a.png", "scale_adjustment": 1.0, "mask_path": "cup/s1/depth_masks/a.png"}
+    section, key = where.split(".")
+    content[section][key] = path
+    write_root(tmp_path, annotations=[content], train=[0], val=[], test=[])
+    with pytest.raises(ValueError, match=rf"frame_annotations\.jgz: (entry 0|frame s1/0).* {where}: ") as error:
+        CO3DIndex(tmp_path).subset("cup", "manyview_dev_0")
+    str(error.value).encode()
+
+
+def test_paths_below_the_root_are_normalised_and_links_are_followed(tmp_path):
+    content = annotation("cup", "s1", 0)
+    content["image"]["path"] = "cup/./x/../s1//images/a.jpg"
+    write_root(tmp_path / "root", annotations=[content], train=[["s1", 0, "cup/s1/images/a.jpg"]], val=[], test=[])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.jpg").write_text("a picture")
+    (tmp_path / "root" / "cup" / "s1").mkdir()
+    (tmp_path / "root" / "cup" / "s1" / "images").symlink_to(tmp_path / "elsewhere")
+    subset = CO3DIndex(tmp_path / "root").subset("cup", "manyview_dev_0")
+    assert subset.list_faults == () and subset.known[0].image_path.read_text() == "a picture"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("sequence_name", "..", "sequence_name='..': must be one plain part"),
+        ("sequence_name", 106, "sequence_name=106: expected a name"),
+        ("frame_number", 3.7, "frame_number=3.7: expected an integer"),
+        ("frame_number", True, "frame_number=True: expected an integer"),
+        ("frame_number", math.inf, "frame_number=inf: expected an integer"),
+        ("frame_number", 10**400, "frame_number=1.*expected an integer"),
+        ("mask", [], r"frame s1/0: mask: expected an object or null, got \[\]"),
+        ("meta", "dev", "frame s1/0: meta: expected an object or null"),
+        ("viewpoint", {"intrinsics_format": 3}, "frame s1/0: viewpoint.intrinsics_format: expected text, got 3"),
+    ],
+)
+def test_a_part_of_the_wrong_type_is_named_with_its_key(tmp_path, key, value, told):
+    content = annotation("cup", "s1", 0)
+    content[key] = value
+    write_root(tmp_path, annotations=[content], train=[0], val=[], test=[])
+    with pytest.raises(ValueError, match=rf"frame_annotations\.jgz: .*{told}"):
+        CO3DIndex(tmp_path).subset("cup", "manyview_dev_0")
+
+
+def test_a_frame_number_written_as_a_float_is_that_number(tmp_path):
+    content = annotation("cup", "s1", 0)
+    content["frame_number"] = 0.0
+    subset = CO3DIndex(write_root(tmp_path, annotations=[content], train=[["s1", 0.0]], val=[], test=[])).subset("cup", "manyview_dev_0")
+    assert [(record.frame_number, type(record.frame_number)) for record in subset.known] == [(0, int)]
+
+
+def test_numbers_that_fit_no_float_and_sides_that_no_picture_has_become_nan_and_zero(tmp_path):
+    content = annotation("cup", "s1", 0, size=(10**400, 24.5))
+    content["viewpoint"]["T"] = [10**400, True, "3"]
+    content["mask"]["mass"] = 10**400
+    record = CO3DIndex(write_root(tmp_path, annotations=[content], train=[0], val=[], test=[])).frame("cup", "s1", 0)
+    assert all(map(math.isnan, record.T)) and math.isnan(record.mask_mass) and (record.height, record.width) == (0, 0)
+
+
+def test_null_validation_and_test_lists_are_empty_ones(tmp_path):
+    write_root(tmp_path)
+    path = tmp_path / "cup/set_lists/set_lists_manyview_dev_0.json"
+    write_json(path, {**json.loads(path.read_text()), "val": None, "test": None})
+    subset = CO3DIndex(tmp_path).subset("cup", "manyview_dev_0")
+    assert subset.val == () and len(subset.known) == 6 and CO3DIndex(tmp_path).n_listed("cup", "manyview_dev_0") == 6
+
+
+def test_a_subset_name_listed_twice_is_one_subset(tmp_path):
+    write_json(write_root(tmp_path) / "category_to_subset_name_list.json", {"cup": ["manyview_dev_0", "manyview_dev_0"]})
+    assert CO3DIndex(tmp_path).all_subsets(["dev"]) == [("cup", "manyview_dev_0")]
 
 
 def test_a_subset_of_several_sequences_has_no_single_name(tmp_path):

@@ -242,10 +242,45 @@ def test_wrong_lines_of_a_set_list_cost_only_themselves(root):
         load(root, [55])
 
 
+def test_a_set_list_without_validation_frames_or_with_a_byte_order_mark_is_read_as_the_index_reads_it(root):
+    path = root / "thing/set_lists/set_lists_manyview_dev_0.json"
+    lists = {"train": [line(0), line(1)], "val": None, "test": [line(3)]}
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(lists).encode())
+    assert [frame.name for frame in load(root, [0, 3])] == ["seq/0", "seq/3"]
+    with pytest.raises(ValueError, match="seq/2: not among"):
+        load(root, [2])
+
+
+def test_a_malformed_frame_costs_only_itself(root):
+    """Implicitron's own reader cuts the rotations of all frames to the rows that the shortest has."""
+    annotations = [annotation(n, "ndc_isotropic", depth=False) for n in SIZES]
+    annotations[1]["viewpoint"]["R"] = annotations[1]["viewpoint"]["R"][:2]
+    annotations[2]["mask"] = None
+    write_annotations(root, annotations)
+    torch.testing.assert_close(load(root, [0])[0].camera.R, ROTATION)
+    with pytest.raises(ValueError, match="seq/1: the camera of thing/seq/images/frame000001.png has no finite R"):
+        load(root, [1])
+    with pytest.raises(ValueError, match="seq/2: the annotation of thing/seq/images/frame000002.png gives no mask"):
+        load(root, [2])
+
+
+def test_the_annotations_of_sequences_are_not_needed(root):
+    (root / "thing/sequence_annotations.jgz").write_bytes(b"damaged")
+    assert load(root, [0])[0].name == "seq/0"
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", ""])
+def test_categories_and_subsets_are_plain_names(root, name):
+    with pytest.raises(ValueError, match="category="):
+        load_frames(str(root), name, "manyview_dev_0", [("seq", 0)])
+    with pytest.raises(ValueError, match="subset_name="):
+        load_frames(str(root), "thing", name, [("seq", 0)])
+
+
 def test_annotations_are_parsed_once_and_again_when_they_change(root, monkeypatch):
     built = []
-    original = frames._SubsetProvider._load_category
-    monkeypatch.setattr(frames._SubsetProvider, "_load_category", lambda self, c: (built.append(c), original(self, c))[1])
+    original = frames.CategoryAnnotations
+    monkeypatch.setattr(frames, "CategoryAnnotations", lambda root, category: (built.append(category), original(root, category))[1])
     load(root, [0])
     load(root, [1])
     assert len(built) == 1
