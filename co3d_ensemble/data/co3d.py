@@ -159,7 +159,8 @@ class CO3DIndex:
 
     def _require(self, category: str, name: str) -> None:
         if name not in self.subsets(category):
-            raise ValueError(f"subset {name!r} of {category!r} does not exist; available: {', '.join(self.subsets(category))}")
+            there = ", ".join(self.subsets(category)) or "none"
+            raise ValueError(f"subset {name!r} of {category!r} is not in {self.root / SUBSET_LIST_FILE}; available: {there}")
 
     def _category(self, category: str) -> CategoryAnnotations:
         if category not in self._annotations:

@@ -11,7 +11,7 @@ from torch import Tensor
 from co3d_ensemble.data.audit import audit_subset, usable_frames
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord
 from co3d_ensemble.functional.cameras import opencv_from_pinhole
-from co3d_ensemble.mine.co3d_points import SequenceClouds, has_depth, known_depths, read_depth
+from co3d_ensemble.mine.co3d_points import SEQUENCE_ANNOTATIONS_FILE, SequenceClouds, has_depth, known_depths, read_depth
 from co3d_ensemble.mine.pictures import check_settings, fit_size, read_picture
 from co3d_ensemble.mine.views import View, ViewPairs
 
@@ -108,7 +108,8 @@ class CO3DPairs(ViewPairs):
             if self.points == "depth" and not has_depth(record):
                 raise ValueError(f"points='depth': frame {record.name} has no depth map; picture {record.image_path}")
             if self.points == "cloud" and self._cloud_path(record) is None:
-                raise ValueError(f"points='cloud': sequence {record.sequence_name} of {record.category} has no point cloud")
+                path = self.root / record.category / SEQUENCE_ANNOTATIONS_FILE
+                raise ValueError(f"points='cloud': {path} gives sequence {record.sequence_name} no point cloud")
 
     def _leave_out_what_has_no_points(self) -> None:
         """A batch has points for all of its pictures or for none, and a pair without them has no unit of length."""

@@ -136,7 +136,7 @@ def test_frames_without_points_are_left_out_where_others_have_them(root, tmp_pat
 
 
 def test_asking_for_points_that_are_not_there_is_an_error_at_once(root):
-    with pytest.raises(ValueError, match="points='cloud': sequence .* has no point cloud"):
+    with pytest.raises(ValueError, match="points='cloud': .*sequence_annotations.jgz gives sequence .* no point cloud"):
         CO3DPairs(root, [SUBSET], points="cloud", max_frame_distance=12, **SIZE)
 
 
