@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +40,21 @@ def pytest_collection_finish() -> None:
     """What is there by now stays: composing a configuration takes 13 % less time where no collection looks at all of PyTorch3D."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def never_waits() -> Any:
+    """A context in which CUDA work that makes the host wait is an error."""
+
+    @contextmanager
+    def guard() -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return guard
 
 
 @pytest.fixture(scope="session")

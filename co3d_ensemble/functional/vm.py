@@ -69,7 +69,7 @@ class _Products(torch.autograd.Function):
             for mode in range(3):
                 products = _gather(factors[mode], *bags[mode], part).mul_(_gather(factors[3 + mode], *bags[3 + mode], part))
                 if basis is None:
-                    result[part] += products.sum(dim=1, keepdim=True)
+                    result[part].add_(products.sum(dim=1, keepdim=True))
                 else:
                     result[part].addmm_(products, _basis_of(basis, mode).T)
         return result

@@ -12,7 +12,7 @@ from pytorch3d.implicitron.tools.config import registry
 from torch import Tensor
 
 from co3d_ensemble.config import NeRFConfig, TensoRFConfig
-from co3d_ensemble.fields.compaction import Compaction
+from co3d_ensemble.fields.compaction import Compaction, Selection
 from co3d_ensemble.fields.radiance_mlp import RadianceMLP, density_activation
 from co3d_ensemble.fields.vm_field import VMField
 from co3d_ensemble.functional.cameras import random_rotation_vector, so3_exp
@@ -71,13 +71,15 @@ class _FunctionInBox:
     def center(self) -> Tensor:
         return self.box.mean(dim=0)
 
-    def adapt_capacity(self) -> None:
-        """Lets training steps run without waiting for the device from now on; see :class:`Compaction`. This call waits."""
-        self._compaction.adapt()
+    def rooms(self) -> tuple[Compaction, ...]:
+        """What bounds the samples of a training step; see :class:`Compaction`."""
+        return (self._compaction,)
 
-    def _select(self, chosen: Tensor, compaction: Compaction) -> Tensor:
-        """Index of the chosen samples (any shape, bool) in the flat list; of fixed size in training."""
-        return compaction(chosen) if self.training else chosen.reshape(-1).nonzero()[:, 0]
+    def _select(self, chosen: Tensor, compaction: Compaction) -> Selection:
+        """The chosen samples (bool, (..., n_samples)) in the flat list; of fixed number in training, where there is a capacity."""
+        if self.training:
+            return compaction(chosen.reshape(-1, chosen.shape[-1]))
+        return Selection(chosen.reshape(-1).nonzero()[:, 0], None)
 
     def _seen_directions(self, directions: Tensor) -> Tensor:
         """Unit directions (n_rays, 3) for the colour head, in the field's gauge; in training with the view jitter."""
@@ -151,15 +153,17 @@ class NeRFImplicitFunction(_FunctionInBox, NeRFConfig, ImplicitFunctionBase, tor
             occupied: samples to evaluate, bool (..., n_samples); None: all. The others get density 0.
 
         Returns:
-            density (..., n_samples, 1) per world unit, colour (..., n_samples, 3) in [0, 1], {}.
+            density (..., n_samples, 1) per world unit, colour (..., n_samples, 3) in [0, 1], and ``counted`` (..., bool) where the
+            room for samples is bounded: rays that were evaluated. The losses are means over those.
         """
         rays, shape = _Rays.of(ray_bundle), ray_bundle.lengths.shape
-        index = rays.every() if occupied is None else self._select(occupied, self._compaction)
+        index, whole = Selection(rays.every(), None) if occupied is None else self._select(occupied, self._compaction)
         points, ray = rays.points(index)
         density, color = self._density_and_color(points, self._seen_directions(rays.directions), ray)
         if occupied is not None:
             density, color = rays.spread(density, index), rays.spread(color, index)
-        return density.reshape(*shape, 1), color.reshape(*shape, 3), {}
+        counted = {} if whole is None else {"counted": whole.reshape(shape[:-1])}
+        return density.reshape(*shape, 1), color.reshape(*shape, 3), counted
 
 
 @registry.register
@@ -215,9 +219,8 @@ class TensoRFImplicitFunction(_FunctionInBox, TensoRFConfig, ImplicitFunctionBas
     def allows_multiple_passes() -> bool:
         return False
 
-    def adapt_capacity(self) -> None:
-        super().adapt_capacity()
-        self._color_compaction.adapt()
+    def rooms(self) -> tuple[Compaction, ...]:
+        return (self._compaction, self._color_compaction)
 
     def to_field(self, points: Tensor) -> Tensor:
         """World points (..., 3) in the frame that the grid is aligned to: rotated by the gauge about the box's centre."""
@@ -232,13 +235,17 @@ class TensoRFImplicitFunction(_FunctionInBox, TensoRFConfig, ImplicitFunctionBas
     def forward(
         self, *, ray_bundle: ImplicitronRayBundle, occupied: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """As :meth:`NeRFImplicitFunction.forward`; the colour of samples with a small weight is 0."""
+        """As :meth:`NeRFImplicitFunction.forward`; the colour of samples with a small weight is 0. ``counted_color`` beside
+        ``counted``: rays all of whose colours were evaluated too."""
         rays, shape = _Rays.of(ray_bundle), ray_bundle.lengths.shape
-        index = rays.every() if occupied is None else self._select(occupied, self._compaction)
+        index, whole = Selection(rays.every(), None) if occupied is None else self._select(occupied, self._compaction)
         density = rays.spread(self.density(rays.points(index)[0]), index).reshape(rays.lengths.shape)
         with torch.no_grad():
             weights, _, _ = rendering_weights(density, interval_lengths(rays.lengths))
-            colored = self._select(weights > self.color_threshold, self._color_compaction)
+            colored, whole_color = self._select(weights > self.color_threshold, self._color_compaction)
         points, ray = rays.points(colored)
         color = rays.spread(self.field.color(self.to_field(points), self._seen_directions(rays.directions), ray), colored)
-        return density.reshape(*shape, 1), color.reshape(*shape, 3), {}
+        counted = {} if whole is None else {"counted": whole.reshape(shape[:-1])}
+        if whole_color is not None:
+            counted["counted_color"] = (whole_color if whole is None else whole & whole_color).reshape(shape[:-1])
+        return density.reshape(*shape, 1), color.reshape(*shape, 3), counted

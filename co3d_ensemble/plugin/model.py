@@ -14,6 +14,7 @@ from pytorch3d.implicitron.tools.config import expand_args_fields, get_default_a
 from torch import Tensor, nn
 
 from co3d_ensemble.config import ModelConfig, OccupancyConfig
+from co3d_ensemble.fields.compaction import Compaction
 from co3d_ensemble.fields.occupancy import OccupancyGrid
 from co3d_ensemble.functional.cameras import distance_to_depth, intersect_box, pixel_centers, pixel_rays
 from co3d_ensemble.functional.types import SURFACE_ALPHA, PinholeCamera, RayTargets, RenderedView
@@ -45,6 +46,8 @@ class ObjectModel(nn.Module):
         occupancy: the grid that the renderer skips by, or None.
         box: what the grid and the rays are limited to, (2, 3), world units.
         near_far: fixed distances, shape (2,); nan where rays are clipped to ``box`` instead.
+        bounded: whether training steps have rooms of fixed size for their samples, which :meth:`follow_counts` fits to the
+            counts. :meth:`losses` has ``samples_left_out`` then, how many samples had no room.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class ObjectModel(nn.Module):
         self.renderer, self.view_metrics = renderer, view_metrics
         self.n_pts_per_ray = n_pts_per_ray
         self.clips_to_box = near_far is None
+        self.bounded = False
         self.register_buffer("box", box.clone())
         self.register_buffer("near_far", torch.tensor(near_far or (torch.nan, torch.nan)))
         renderer.set_occupancy(occupancy)
@@ -88,7 +92,11 @@ class ObjectModel(nn.Module):
     def losses(self, origins: Tensor, directions: Tensor, targets: RayTargets) -> dict[str, Tensor]:
         """Unweighted losses of rays (n, 3); names as in ``RecipeViewMetrics``."""
         output, bundle = self(origins, directions)
-        return self.view_metrics(raymarched=output, ray_bundle=bundle, targets=targets)
+        losses = self.view_metrics(raymarched=output, ray_bundle=bundle, targets=targets)
+        if self.bounded:
+            left_out = [room.left_out for room in self._rooms() if room.left_out is not None]
+            losses["samples_left_out"] = sum(left_out, start=output.masks.new_zeros(()))
+        return losses
 
     def parameter_groups(self, lr: float, lr_network: float | None) -> list[dict[str, Any]]:
         """Adam's groups with their learning rates after the warm-up; ``lr_network`` is for fields that are not all network."""
@@ -121,10 +129,21 @@ class ObjectModel(nn.Module):
             rgb=torch.cat(rgb).T.reshape(3, *shape).clamp(0, 1), depth=depth.reshape(1, *shape), mask=mask.reshape(1, *shape).clamp(0, 1)
         )
 
-    def adapt_capacity(self) -> None:
-        """Fits every pass's room for occupied samples to the counts of the steps since the last call; waits for the device."""
-        for function in self.functions:
-            function.adapt_capacity()
+    def follow_counts(self) -> bool:
+        """Fits every room for samples to the counts of the last steps, without waiting for the device; see ``Compaction``.
+
+        Returns:
+            Whether a room changed, and with it the shapes of the next step.
+        """
+        return any([room.follow() for room in self._rooms()])
+
+    def forget_counts(self) -> None:
+        """Steps take what they need, and wait for the device, until :meth:`follow_counts` is called again: after a change of structure."""
+        for room in self._rooms():
+            room.restart()
+
+    def _rooms(self) -> list[Compaction]:
+        return [room for function in self.functions for room in function.rooms()]
 
     @torch.no_grad()
     def density(self, points: Tensor) -> Tensor:

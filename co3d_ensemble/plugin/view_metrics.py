@@ -35,7 +35,8 @@ class RecipeViewMetrics(ViewMetricsBase):
     ) -> dict[str, Any]:
         """
         Args:
-            raymarched: features (..., 3), masks (..., 1); ``aux`` of ``OpacityRaymarcher`` in training.
+            raymarched: features (..., 3), masks (..., 1); ``aux`` of ``OpacityRaymarcher`` in training, and of a function whose
+                samples had no room for all rays ``counted`` and ``counted_color`` (...): rays that the means are over.
             ray_bundle: ``xys`` (..., 2) in NDC, read when ``targets`` is None.
             image_rgb: (B, 3, H, W); fg_probability: (B, 1, H, W).
             targets: the rays' ground truth, in place of sampling it from the images.
@@ -49,14 +50,15 @@ class RecipeViewMetrics(ViewMetricsBase):
             return {}
         shape = raymarched.masks.shape[:-1]
         rgb, mask = targets.rgb.reshape(*shape, 3), targets.mask.reshape(shape)
-        depth = raymarched.aux.get("optical_depth")
+        depth, counted = raymarched.aux.get("optical_depth"), raymarched.aux.get("counted")
+        depth, colored = None if depth is None else depth[..., 0], raymarched.aux.get("counted_color", counted)
         losses = {
-            f"{keys_prefix}roi_rgb": roi_rgb_loss(raymarched.features, rgb, mask),
-            f"{keys_prefix}rgb": full_rgb_loss(raymarched.features, rgb, mask),
-            f"{keys_prefix}alpha_bce": alpha_bce_loss(raymarched.masks[..., 0], mask, None if depth is None else depth[..., 0]),
+            f"{keys_prefix}roi_rgb": roi_rgb_loss(raymarched.features, rgb, mask, counted=colored),
+            f"{keys_prefix}rgb": full_rgb_loss(raymarched.features, rgb, mask, counted=colored),
+            f"{keys_prefix}alpha_bce": alpha_bce_loss(raymarched.masks[..., 0], mask, depth, counted=counted),
         }
         if "opacities" in raymarched.aux and "prev_stage" not in keys_prefix:
-            losses[f"{keys_prefix}sample_entropy"] = sample_entropy_loss(raymarched.aux["opacities"])
+            losses[f"{keys_prefix}sample_entropy"] = sample_entropy_loss(raymarched.aux["opacities"], counted=counted)
         if raymarched.prev_stage is not None:
             losses |= self(
                 raymarched=raymarched.prev_stage, ray_bundle=ray_bundle, targets=targets, keys_prefix=f"{keys_prefix}prev_stage_"

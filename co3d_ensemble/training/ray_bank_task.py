@@ -20,8 +20,7 @@ from co3d_ensemble.training.grid_schedule import Shrink, Upsample, grid_changes
 from co3d_ensemble.training.optimizer import Moments
 from co3d_ensemble.training.validation import FrameValidation
 
-CAPACITY_STEPS = 200  # on CUDA, steps between two fits of the room for occupied samples
-FIRST_CAPACITY_STEP = 16  # enough batches to know how their counts vary
+EXACT_STEPS = 16  # on CUDA, steps that wait for their counts of samples before there are rooms: enough to know how counts vary
 
 
 class RayBankTask:
@@ -55,6 +54,8 @@ class RayBankTask:
                 "pivot": model.box.mean(dim=0),
             }
         self.rays_per_step = training.n_rays
+        model.bounded = model.box.is_cuda
+        self._bounded_from: int | None = None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return self.model.parameter_groups(self._training.lr, self._training.lr_network)
@@ -74,12 +75,11 @@ class RayBankTask:
     def structure(self, step: int) -> bool:
         """Refines the occupancy grid from the density when it is due; replaces no parameter.
 
-        On CUDA it also fits the room for occupied samples, so that the steps between do not wait for the device.
+        On CUDA the rooms for samples also follow the counts, so that steps do not wait for the device.
         """
         if self._refines_at(step):
             self.model.occupancy.refine(self.model.density)
-        if self.model.box.is_cuda and step % CAPACITY_STEPS == FIRST_CAPACITY_STEP:
-            self.model.adapt_capacity()
+        self._follow_counts(step)
         return False
 
     def structure_seconds(self) -> tuple[int, float]:
@@ -94,6 +94,16 @@ class RayBankTask:
         start = time.perf_counter()
         grid.refine(self.model.density)  # ends by asking the device whether anything is left, so it is over by then
         return count, time.perf_counter() - start
+
+    def _follow_counts(self, step: int, *, changed: bool = False) -> None:
+        """Where the model is bounded: after its first step and after a change of its box some steps take what room they need."""
+        if not self.model.bounded:
+            return
+        if changed or self._bounded_from is None:
+            self.model.forget_counts()
+            self._bounded_from = step + EXACT_STEPS
+        if step >= self._bounded_from:
+            self.model.follow_counts()
 
     def _refines_at(self, step: int) -> bool:
         schedule, max_steps = self._occupancy, self._training.max_steps
@@ -121,6 +131,8 @@ class GridTask(RayBankTask):
         super().structure(step)
         changes = grid_changes(step, self._training.max_steps, resolution=self._resolution, schedule=self._grid)
         self._operations = [self._apply(change) for change in changes]
+        if changes:
+            self._follow_counts(step, changed=True)
         return bool(changes)
 
     @property

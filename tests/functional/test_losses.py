@@ -152,3 +152,24 @@ def test_an_opaque_background_ray_keeps_its_gradient_through_its_optical_depth()
     depth = torch.tensor([40.0], requires_grad=True)
     alpha_bce_loss(-torch.expm1(-depth), torch.zeros(1), depth).backward()
     assert depth.grad.item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_counted_rays_have_the_mean_to_themselves_and_the_others_no_gradient(seed):
+    generator = torch.Generator().manual_seed(seed)
+    rgb, target, opacities = (torch.rand(9, 3, dtype=F64, generator=generator) for _ in range(3))
+    alpha, counted = 0.1 + 0.8 * torch.rand(9, dtype=F64, generator=generator), torch.rand(9, generator=generator) > 0.4
+    mask = (torch.rand(9, generator=generator) > 0.5).to(F64)
+    for loss in (
+        lambda x, rays, **how: roi_rgb_loss(x, target[rays], mask[rays], **how),
+        lambda x, rays, **how: full_rgb_loss(x, target[rays], mask[rays], **how),
+        lambda x, rays, **how: alpha_bce_loss(alpha[rays] * x[:, 0], mask[rays], **how),
+        lambda x, rays, **how: sample_entropy_loss(opacities[rays] * x, **how),
+    ):
+        some, every = rgb[counted].requires_grad_(), rgb.clone().requires_grad_()
+        expected, found = loss(some, counted), loss(every, slice(None), counted=counted)
+        torch.testing.assert_close(found, expected)
+        expected.backward(), found.backward()
+        torch.testing.assert_close(every.grad[counted], some.grad)
+        assert not every.grad[~counted].any()
+        assert loss(rgb, slice(None), counted=torch.zeros(9, dtype=torch.bool)) == 0

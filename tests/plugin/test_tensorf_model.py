@@ -123,7 +123,7 @@ def test_a_fixed_capacity_changes_neither_losses_nor_gradients():
         return [loss.item() for loss in losses.values()], [p.grad.clone() for p in model.parameters()]
 
     losses, gradients = outcome()
-    model.adapt_capacity()
+    model.follow_counts()
     function = model.functions[0]
     assert function._compaction.capacity is not None and function._color_compaction.capacity is not None
     padded_losses, padded_gradients = outcome()

@@ -314,16 +314,13 @@ def test_exit_status_tells_how_a_run_ended(stopped, status):
 
 
 @pytest.mark.cuda
-def test_a_step_never_waits_for_the_device():
+def test_a_step_never_waits_for_the_device(never_waits):
     config = settings(deterministic=False).training
     task = ToyTask(config, device="cuda")
     stepper = Stepper(task, config, deferred=True)
     for step in range(3):
         stepper.run(step)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with never_waits():
         for step in range(3, 10):
             stepper.run(step)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     stepper.check()

@@ -11,8 +11,7 @@ from co3d_ensemble.data.ray_bank import RayBank
 from co3d_ensemble.functional.cameras import angle_between, so3_exp
 from co3d_ensemble.functional.types import Frame, PinholeCamera
 from co3d_ensemble.plugin.model import build_nerf
-from co3d_ensemble.training.ray_bank_task import FIRST_CAPACITY_STEP, RayBankTask, evenly_spread
-from co3d_ensemble.training.stepper import Stepper
+from co3d_ensemble.training.ray_bank_task import RayBankTask, evenly_spread
 from co3d_ensemble.training.validation import FrameValidation
 
 BOX = torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]])
@@ -198,24 +197,3 @@ def test_items_are_spread_evenly_in_order_from_first_to_last():
     assert evenly_spread(list(range(101)), 5) == [0, 25, 50, 75, 100]
     assert evenly_spread(list(range(10)), 1) == [0]
     assert evenly_spread([], 3) == []
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("jitter", ["off", "extrinsics"])
-def test_a_step_with_room_for_its_samples_never_waits_for_the_device(jitter):
-    t = task(jitter=jitter, device="cuda", refine_from=1.0)  # a refinement may wait, so none is due
-    try:
-        torch.nonzero_static(torch.ones(1, dtype=torch.bool, device="cuda"), size=1)
-    except NotImplementedError:
-        pytest.skip(f"torch {torch.__version__} has no nonzero_static on CUDA: its steps wait")
-    stepper = Stepper(t, TrainingConfig(max_steps=100, n_rays=64, lr=3e-3), deferred=True)
-    t.model.train()
-    for step in range(FIRST_CAPACITY_STEP + 3):  # the capacity is fitted, and every kernel has run once with it
-        stepper.run(step)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for step in range(FIRST_CAPACITY_STEP + 3, FIRST_CAPACITY_STEP + 10):
-            stepper.run(step)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stepper.check()
