@@ -2,31 +2,29 @@
 
 Layout: dataset ``binary_data`` (variable-length uint8) holds the bytes of each PNG, ``filepaths`` (UTF-8) its path
 ``<category>/<subset>/<category>_<sequence>_<frame number>_{image,mask,depth}.png``, and an attribute of ``binary_data`` per
-file name its index. An archive is read as hostile: nothing is extracted, and any entry that was not asked for is an error.
+file name its index. An archive is read as hostile: in a process of its own, nothing is extracted, and any entry that was not
+asked for is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import h5py
 import numpy as np
 
-from co3d_ensemble.challenge.frame_io import KINDS, decode_view, encode_view
+from co3d_ensemble.base.messages import shown
+from co3d_ensemble.challenge.archive_file import DATA, PATHS, ArchiveError
+from co3d_ensemble.challenge.archive_process import isolated_archive
+from co3d_ensemble.challenge.frame_io import KINDS, decode_view, encode_view, max_png_bytes
 from co3d_ensemble.challenge.targets import Target
 from co3d_ensemble.files import replaced_atomically
 from co3d_ensemble.functional.types import RenderedView
 
 MAX_BYTES = 2_000_000_000  # the challenge's limit, 2.0 GB
-DATA, PATHS = "binary_data", "filepaths"
-MAX_PATH_BYTES = 4096
-HDF5_ERRORS = (OSError, RuntimeError, KeyError)  # what h5py raises where the structure of a file is broken
 
-
-class ArchiveError(ValueError):
-    """The archive cannot be a submission; the message names the file and the entry."""
+open_archive = isolated_archive  # tests put opened_archive here, which needs no process of its own
 
 
 class MissingTargets(ArchiveError):
@@ -64,10 +62,10 @@ def write_archive(path: Path | str, frames: Iterable[tuple[Target, RenderedView]
     return size
 
 
-def read_archive(
+def archive_pictures(
     path: Path | str, targets: Iterable[Target], *, allow_missing: bool = False
-) -> Iterator[tuple[Target, RenderedView]]:
-    """Yields the decoded frames in the order of ``targets``; everything but the pixels is checked before the first.
+) -> Iterator[tuple[Target, dict[str, bytes]]]:
+    """Yields the PNGs of each frame by kind, in the order of ``targets``; all but their content is checked before the first.
 
     Args:
         targets: all frames that the archive may hold.
@@ -76,24 +74,45 @@ def read_archive(
     Raises:
         MissingTargets: listing the frames.
         ArchiveError: no HDF5 file, datasets missing or of another type, an index that contradicts the paths, a path that is
-            absolute, unknown, doubled or leaves its folder, a PNG that is broken, not finite or of another size.
+            absolute, unknown, doubled or leaves its folder; anything that the HDF5 library fails, hangs or grows at.
     """
     path, targets = Path(path), list(dict.fromkeys(targets))
-    with _opened(path) as file:
-        with _reading(path, "its structure"):
-            data, paths = _datasets(file, path, len(targets) * len(KINDS))
-            position = _checked_positions(path, data, paths, targets)
+    if not path.is_file():
+        raise ArchiveError(f"{path}: no such file")
+    largest = max((max_png_bytes(target.size) for target in targets), default=0)
+    with open_archive(path, max_entries=len(targets) * len(KINDS), max_entry_bytes=largest) as archive:
+        position = _checked_positions(path, archive.entries, archive.index, targets)
         missing = set(_missing(path, position, targets))
         if missing and not allow_missing:
             raise MissingTargets(path, [target for target in targets if target in missing])
-        for target in targets:
-            if target not in missing:
-                yield target, _read_view(path, data, position, target)
+        present = [target for target in targets if target not in missing]
+        contents = archive.stream([position[target.path(kind)] for target in present for kind in KINDS])
+        for target in present:
+            yield target, {kind: next(contents) for kind in KINDS}
 
 
-def check_archive(
-    path: Path | str, targets: Iterable[Target], *, allow_missing: bool = False, max_bytes: int = MAX_BYTES
-) -> list[Target]:
+def decode_pictures(path: Path | str, target: Target, files: Mapping[str, bytes]) -> RenderedView:
+    """The view of one frame's PNGs.
+
+    Raises:
+        ArchiveError: one that is broken, not finite or of another size, by name.
+    """
+    try:
+        return decode_view(files, {kind: f"{path}: {target.path(kind)}" for kind in KINDS}, target.size)
+    except ValueError as error:
+        raise ArchiveError(str(error)) from error
+
+
+def read_archive(path: Path | str, targets: Iterable[Target], *, allow_missing: bool = False) -> Iterator[tuple[Target, RenderedView]]:
+    """Yields the decoded frames in the order of ``targets``.
+
+    Args, Raises: as :func:`archive_pictures` and :func:`decode_pictures`.
+    """
+    for target, files in archive_pictures(path, targets, allow_missing=allow_missing):
+        yield target, decode_pictures(path, target, files)
+
+
+def check_archive(path: Path | str, targets: Iterable[Target], *, allow_missing: bool = False, max_bytes: int = MAX_BYTES) -> list[Target]:
     """Decodes the whole archive once and returns the missing targets (none, unless they are allowed).
 
     Raises:
@@ -139,63 +158,17 @@ def _write_frames(file: h5py.File, frames: Iterable[tuple[Target, RenderedView]]
     data.attrs.update(position)
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[h5py.File]:
-    if not path.is_file():
-        raise ArchiveError(f"{path}: no such file")
-    with _reading(path, "it is no whole HDF5 file and"):
-        file = h5py.File(path, "r")
-    with file:
-        yield file
-
-
-@contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
-    """Turns what h5py raises for a broken file into an ``ArchiveError``."""
-    try:
-        yield
-    except HDF5_ERRORS as error:
-        raise ArchiveError(f"{path}: {what} cannot be read: {error}") from error
-
-
-def _datasets(file: h5py.File, path: Path, max_entries: int) -> tuple[h5py.Dataset, h5py.Dataset]:
-    """The two datasets, stored in this very file and of the right types; links and external storage could name any file."""
-    found = []
-    for name in (DATA, PATHS):
-        link = file.get(name, getlink=True)
-        node = file[name] if isinstance(link, h5py.HardLink) else None
-        if not isinstance(node, h5py.Dataset) or node.external or node.is_virtual:
-            raise ArchiveError(f"{path}: the dataset {name!r} is missing or not stored in this file")
-        if node.ndim != 1 or len(node) > max_entries:
-            raise ArchiveError(f"{path}: {name!r} has shape {node.shape}, expected at most {max_entries} entries")
-        found.append(node)
-    data, paths = found
-    if h5py.check_vlen_dtype(data.dtype) != np.uint8:
-        raise ArchiveError(f"{path}: {DATA!r} has type {data.dtype}, expected variable-length uint8")
-    string = h5py.check_string_dtype(paths.dtype)
-    if string is None or (string.length or 0) > MAX_PATH_BYTES:
-        raise ArchiveError(f"{path}: {PATHS!r} has type {paths.dtype}, expected strings of at most {MAX_PATH_BYTES} bytes")
-    if not len(data) == len(paths) == len(data.attrs):
-        raise ArchiveError(f"{path}: {len(data)} entries, {len(paths)} paths and {len(data.attrs)} indexed names, expected as many of each")
-    return data, paths
-
-
-def _checked_positions(path: Path, data: h5py.Dataset, paths: h5py.Dataset, targets: Sequence[Target]) -> dict[str, int]:
+def _checked_positions(path: Path, entries: Sequence[str], index: Mapping[str, int | str], targets: Sequence[Target]) -> dict[str, int]:
     """Position per path, after every path was found among the targets' and agrees with the index of file names."""
     allowed = {target.path(kind) for target in targets for kind in KINDS}
-    indexed = dict(data.attrs.items())
     position: dict[str, int] = {}
-    for i, raw in enumerate(paths[:]):
-        try:
-            entry = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ArchiveError(f"{path}: path {i} is not UTF-8: {raw!r}") from error
+    for i, entry in enumerate(entries):
         problem = _path_problem(entry, allowed, position)
         if problem:
-            raise ArchiveError(f"{path}: entry {entry!r} {problem}")
+            raise ArchiveError(f"{path}: entry {shown(entry)} {problem}")
         name = PurePosixPath(entry).name
-        if np.ndim(indexed.get(name)) != 0 or not isinstance(indexed.get(name), (int, np.integer)) or indexed[name] != i:
-            raise ArchiveError(f"{path}: entry {entry!r} is number {i}, but the attribute {name!r} says {indexed.get(name)!r}")
+        if index.get(name) != i:
+            raise ArchiveError(f"{path}: entry {entry!r} is number {i}, but the attribute {name!r} says {index.get(name, 'nothing')}")
         position[entry] = i
     return position
 
@@ -213,16 +186,6 @@ def _path_problem(entry: str, allowed: set[str], seen: dict[str, int]) -> str | 
     if len(parts) != 3 or "" in parts or "." in parts:
         return "is not of the form <category>/<subset>/<file>"
     return "is not among the files of the targets"
-
-
-def _read_view(path: Path, data: h5py.Dataset, position: dict[str, int], target: Target) -> RenderedView:
-    names = {kind: target.path(kind) for kind in KINDS}
-    with _reading(path, target.path("*")):
-        files = {kind: data[position[name]].tobytes() for kind, name in names.items()}
-    try:
-        return decode_view(files, {kind: f"{path}: {name}" for kind, name in names.items()}, target.size)
-    except ValueError as error:
-        raise ArchiveError(str(error)) from error
 
 
 def _missing(path: Path, position: dict[str, int], targets: Sequence[Target]) -> list[Target]:

@@ -1,7 +1,8 @@
 """PNG bytes of one submitted frame: image, mask and depth, as the CO3D challenge reads them.
 
 Unlike the official writer, colours are rounded (truncation costs 0.2 dB at 40 dB) and clamped (a value above 1 would wrap).
-Decoding trusts nothing: the header is compared with the expected size before any pixel is unpacked.
+Decoding trusts nothing: every chunk is verified and the header compared with the expected size before any pixel is unpacked,
+and what came out is compared again.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,28 +18,37 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from co3d_ensemble.base.png import encode_png, verify_png
 from co3d_ensemble.functional.types import RenderedView
 
 KINDS = ("image", "mask", "depth")
 FOREGROUND = 0.5  # a mask of at least this is written as 1
 FLOAT16_MAX = 65504.0
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-_HEADER = struct.Struct(">4x4sIIBB")  # of the first chunk: name, width, height, bits per channel, colour type
+# others (transparency, animation, a palette) could make the pixels others than the submitted ones
+CHUNKS = (b"IHDR", b"IDAT", b"IEND", b"tEXt", b"zTXt", b"iTXt", b"tIME", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD")
+OVERHEAD_BYTES = 1 << 16  # of chunks other than the pixels', and of what deflate adds to pixels that it cannot compress
 
 
 class _Format(NamedTuple):
     bits: int
     color_type: int
+    channels: tuple[int, ...]
+    types: tuple[type, ...]  # that versions of PIL decode it to
     what: str
 
 
 _FORMATS = {
-    "image": _Format(8, 2, "8-bit RGB"),
-    "mask": _Format(8, 0, "8-bit grey"),
-    "depth": _Format(16, 0, "16-bit grey"),
+    "image": _Format(8, 2, (3,), (np.uint8,), "8-bit RGB"),
+    "mask": _Format(8, 0, (), (np.uint8,), "8-bit grey"),
+    "depth": _Format(16, 0, (), (np.uint16, np.int32), "16-bit grey"),
 }
+
+
+def max_png_bytes(size: tuple[int, int]) -> int:
+    """More than any sound PNG of a submitted plane of (height, width) pixels takes."""
+    n_bytes = size[0] * (1 + 3 * size[1])
+    return n_bytes + n_bytes // 1000 + OVERHEAD_BYTES
 
 
 def encode_image(rgb: Tensor) -> bytes:
@@ -50,7 +61,7 @@ def encode_image(rgb: Tensor) -> bytes:
         ValueError: for another shape or non-finite values.
     """
     values = _checked("rgb", rgb, channels=3)
-    return _png(np.rint(values.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))
+    return encode_png(np.rint(values.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def encode_mask(mask: Tensor) -> bytes:
@@ -59,7 +70,7 @@ def encode_mask(mask: Tensor) -> bytes:
     Args:
         mask: opacity in [0, 1], shape (1, H, W).
     """
-    return _png((_checked("mask", mask, channels=1)[0] >= FOREGROUND).astype(np.uint8) * np.uint8(255))
+    return encode_png((_checked("mask", mask, channels=1)[0] >= FOREGROUND).astype(np.uint8) * np.uint8(255))
 
 
 def encode_depth(depth: Tensor) -> bytes:
@@ -69,7 +80,7 @@ def encode_depth(depth: Tensor) -> bytes:
         depth: z in camera space, shape (1, H, W).
     """
     values = _checked("depth", depth, channels=1)[0].clip(-FLOAT16_MAX, FLOAT16_MAX)
-    return _png(values.astype(np.float16).view(np.uint16))
+    return encode_png(values.astype(np.float16).view(np.uint16))
 
 
 def decode_image(data: bytes, name: str, size: tuple[int, int]) -> Tensor:
@@ -115,7 +126,7 @@ def encode_view(view: RenderedView) -> dict[str, bytes]:
     return {"image": encode_image(view.rgb), "mask": encode_mask(view.mask), "depth": encode_depth(view.depth)}
 
 
-def decode_view(files: dict[str, bytes], names: dict[str, str], size: tuple[int, int]) -> RenderedView:
+def decode_view(files: Mapping[str, bytes], names: Mapping[str, str], size: tuple[int, int]) -> RenderedView:
     """The view of three PNGs by kind.
 
     Args:
@@ -139,30 +150,31 @@ def _checked(name: str, values: Tensor, *, channels: int) -> np.ndarray:
     return array
 
 
-def _png(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def _pixels(data: bytes, name: str, size: tuple[int, int], kind: str) -> np.ndarray:
-    _check_header(data, name, size, _FORMATS[kind])
+    expected = _FORMATS[kind]
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
-            return np.array(picture)
+        header = verify_png(data)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if (header.bits, header.color_type) != (expected.bits, expected.color_type):
+        raise ValueError(f"{name}: expected {expected.what}, the PNG has {header.bits} bits of colour type {header.color_type}")
+    if (header.height, header.width) != tuple(size):
+        found = f"{header.height} x {header.width}"
+        raise ValueError(f"{name}: expected {size[0]} x {size[1]} (height x width) pixels, the PNG has {found}")
+    if header.n_bytes != len(data):
+        raise ValueError(f"{name}: the PNG is followed by other data ({len(data) - header.n_bytes} bytes)")
+    unknown = [chunk for chunk in header.chunks if chunk not in CHUNKS]
+    if unknown:
+        raise ValueError(f"{name}: the PNG has a chunk {unknown[0]!r}, which can change what is seen")
+    try:
+        pixels = _decoded(data)
     except (OSError, SyntaxError, ValueError, zlib.error, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: the PNG cannot be decoded: {error}") from error
+    if pixels.shape != (*size, *expected.channels) or pixels.dtype not in expected.types:
+        raise ValueError(f"{name}: the PNG was decoded to {pixels.shape} {pixels.dtype}, expected {size} {expected.what}")
+    return pixels
 
 
-def _check_header(data: bytes, name: str, size: tuple[int, int], expected: _Format) -> None:
-    if not data.startswith(_SIGNATURE) or len(data) < len(_SIGNATURE) + _HEADER.size:
-        raise ValueError(f"{name}: not a PNG file ({len(data)} bytes)")
-    chunk, width, height, bits, color_type = _HEADER.unpack_from(data, len(_SIGNATURE))
-    if chunk != b"IHDR":
-        raise ValueError(f"{name}: not a PNG file, its first chunk is {chunk!r}")
-    if (bits, color_type) != (expected.bits, expected.color_type):
-        raise ValueError(f"{name}: expected {expected.what}, the PNG has {bits} bits of colour type {color_type}")
-    if (height, width) != tuple(size):
-        raise ValueError(f"{name}: expected {size[0]} x {size[1]} (height x width) pixels, the PNG has {height} x {width}")
-    if not data.endswith(_END):
-        raise ValueError(f"{name}: the PNG is truncated or followed by other data ({len(data)} bytes)")
+def _decoded(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+        return np.array(picture)

@@ -5,6 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from co3d_ensemble.base.png import encode_png, png_chunk
+from co3d_ensemble.challenge import frame_io
 from co3d_ensemble.challenge.frame_io import (
     decode_depth,
     decode_image,
@@ -14,6 +16,7 @@ from co3d_ensemble.challenge.frame_io import (
     encode_image,
     encode_mask,
     encode_view,
+    max_png_bytes,
 )
 from co3d_ensemble.functional.types import RenderedView
 
@@ -96,8 +99,8 @@ GREY, GREY16, COLOR = np.zeros(SIZE, np.uint8), np.zeros(SIZE, np.uint16), np.ze
         (decode_image, png(COLOR.transpose(1, 0, 2)), "expected 6 x 9 .* has 9 x 6"),
         (decode_mask, png(np.full(SIZE, 128, np.uint8)), "54 pixels differ, e.g. 128"),
         (decode_depth, png(np.full(SIZE, 0x7C00, np.uint16)), "54 non-finite"),
-        (decode_image, b"", "not a PNG"),
-        (decode_image, b"\xff\xd8\xff\xe0" * 20, "not a PNG"),
+        (decode_image, b"", "no PNG file"),
+        (decode_image, b"\xff\xd8\xff\xe0" * 20, "no PNG file"),
         (decode_image, png(COLOR)[:-5], "truncated"),
         (decode_image, png(COLOR)[:40], "truncated"),
         (decode_image, png(COLOR) + b"more", "followed by other data"),
@@ -111,5 +114,52 @@ def test_a_wrong_file_is_refused_by_name(decode, data, message):
 def test_a_png_whose_middle_is_missing_is_refused_by_name():
     noise = np.random.default_rng(0).integers(0, 255, (*SIZE, 3), dtype=np.uint8)
     data = png(noise)
-    with pytest.raises(ValueError, match="^some.png: the PNG cannot be decoded"):
+    with pytest.raises(ValueError, match="^some.png: (is truncated|has a damaged chunk)"):
         decode_image(data[:60] + data[-12:], "some.png", SIZE)
+
+
+def with_chunk(data, name, content, *, at=33):
+    """A PNG with a further, sound chunk; at 33 behind its header."""
+    return data[:at] + png_chunk(name, content) + data[at:]
+
+
+HEADER = (9).to_bytes(4, "big") + (6).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (with_chunk(encode_png(COLOR), b"IHDR", HEADER[4:] + HEADER[:4] + b"\x08\x02\0\0\0"), "more than one header"),
+        (with_chunk(encode_png(COLOR), b"IHDR", HEADER + b"\x10\x00\0\0\0"), "more than one header"),
+        (with_chunk(encode_png(COLOR), b"tRNS", bytes(6)), "chunk b'tRNS', which can change what is seen"),
+        (with_chunk(encode_png(COLOR), b"acTL", b"\0\0\0\2\0\0\0\0"), "chunk b'acTL'"),
+        (with_chunk(encode_png(COLOR), b"ABCD", b""), "chunk b'ABCD'"),
+    ],
+)
+def test_a_png_of_sound_chunks_that_could_be_seen_otherwise_is_refused_by_name(data, message):
+    with pytest.raises(ValueError, match=rf"^cape/x_image\.png: .*{message}"):
+        decode_image(data, "cape/x_image.png", SIZE)
+
+
+def test_a_png_decoded_to_another_shape_or_type_is_refused(monkeypatch):
+    for wrong in (np.zeros((9, 6, 3), np.uint8), np.zeros((*SIZE, 4), np.uint8), np.zeros((*SIZE, 3), np.float32)):
+        monkeypatch.setattr(frame_io, "_decoded", lambda data, wrong=wrong: wrong)
+        with pytest.raises(ValueError, match=r"^x: the PNG was decoded to \("):
+            decode_image(encode_png(COLOR), "x", SIZE)
+
+
+@pytest.mark.parametrize(("decode", "pixels"), [(decode_image, COLOR), (decode_mask, GREY), (decode_depth, GREY16)])
+def test_every_flipped_bit_of_a_picture_is_found(decode, pixels):
+    whole = encode_png(pixels)
+    for position in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        with pytest.raises(ValueError, match="^x.png: "):
+            decode(bytes(damaged), "x.png", SIZE)
+
+
+def test_no_sound_png_is_larger_than_the_limit():
+    random = np.random.default_rng(0)
+    for size in ((1, 1), (1, 3000), (400, 400)):
+        noise = random.integers(0, 256, (*size, 3), dtype=np.uint8)
+        assert max(len(encode_png(noise)), len(png(noise))) < max_png_bytes(size)
