@@ -8,6 +8,7 @@ from typing import Any
 
 from co3d_ensemble.base.messages import shown
 
+CLUTTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir")  # of Windows, macOS and network disks, lower case
 MAX_PART_BYTES = 255  # of one part of a path, on every file system in use
 
 
@@ -33,6 +34,22 @@ def inside(root: Path | str, relative: Any) -> Path:
     if parts == ["."] or not all(map(_is_possible, parts)):
         raise ValueError(f"{shown(relative)} cannot be a file in {root}")
     return Path(root, *parts)
+
+
+def is_clutter(name: str) -> bool:
+    """Whether a file or folder of this name is what systems leave behind: ``.DS_Store``, ``._0001.jpg``, ``Thumbs.db``, ``__MACOSX``."""
+    return name.startswith(".") or name.lower() in CLUTTER
+
+
+def listed(folder: Path, pattern: str = "*", *, deep: bool = False) -> list[Path]:
+    """What a folder holds that people put there, sorted; clutter, and with ``deep`` what lies in cluttered folders, is left out.
+
+    Args:
+        pattern: as ``Path.glob`` takes it.
+        deep: of all folders below as well.
+    """
+    found = folder.rglob(pattern) if deep else folder.glob(pattern)
+    return sorted(path for path in found if not any(map(is_clutter, path.relative_to(folder).parts)))
 
 
 def plain_part(name: Any, what: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from co3d_ensemble.base.messages import shown
-from co3d_ensemble.base.paths import inside, plain_part
+from co3d_ensemble.base.paths import inside, listed, plain_part
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,21 @@ def test_values_are_shown_short_and_printable_whatever_they_are():
         text.encode()
         assert len(text) <= 1000
     assert shown("a") == "'a'" and shown(["s1", 3]) == "['s1', 3]"
+
+
+def test_what_systems_leave_behind_is_not_listed(tmp_path):
+    kept = ["0001.jpg", "a/0002.jpg", "thumbs.jpg"]
+    clutter = [".DS_Store", "._0001.jpg", "Thumbs.db", "desktop.ini", "__MACOSX/0001.jpg", "a/.hidden/0003.jpg", "a/@eaDir/0004.jpg"]
+    for name in kept + clutter:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert listed(tmp_path) == [tmp_path / name for name in ("0001.jpg", "a", "thumbs.jpg")]
+    assert listed(tmp_path, "*.jpg") == [tmp_path / name for name in ("0001.jpg", "thumbs.jpg")]
+    assert {path.relative_to(tmp_path).as_posix() for path in listed(tmp_path, "*.jpg", deep=True)} == set(kept)
+
+
+def test_a_folder_that_lies_in_a_hidden_one_is_listed(tmp_path):
+    folder = tmp_path / ".cache" / "photographs"
+    folder.mkdir(parents=True)
+    (folder / "0001.jpg").touch()
+    assert listed(folder, deep=True) == listed(folder) == [folder / "0001.jpg"]
