@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
+from co3d_ensemble.base.paths import plain_part
 from co3d_ensemble.config import FUSION_METHODS, BoundsConfig, NeRFConfig, TrainingConfig
 from co3d_ensemble.settings import check_betas, check_choices, check_positive, check_ranges, check_shares
 
@@ -117,6 +118,7 @@ def validate(config: Any) -> None:
     Raises:
         ValueError: naming the key, its value and what is allowed.
     """
+    _check_names(config, ("category", "subset_name", "member"))
     check_choices(config, _CHOICES)
     check_positive(config, _POSITIVE)
     _check_distances(config.data.bounds)
@@ -134,6 +136,7 @@ def validate(config: Any) -> None:
 
 def validate_ensemble(config: Any) -> None:
     """Checks an ``EnsembleConfig``, or an omegaconf node of that shape, as :func:`validate` does an experiment."""
+    _check_names(config, ("category", "subset_name", "name"))
     if len(config.members) < 2:
         raise ValueError(f"members={list(config.members)}: an ensemble needs at least two (+members.NAME.experiment=... adds one)")
     for name in (config.name, *config.members):
@@ -144,6 +147,13 @@ def validate_ensemble(config: Any) -> None:
     check_choices(config, {"fusion.method": FUSION_METHODS})
     check_ranges(config, _FUSION_RANGES)
     check_fusion_weights(config.fusion, list(config.members))
+
+
+def _check_names(config: Any, keys: Sequence[str]) -> None:
+    """That what names the folders of a run is one plain part of a path; a missing one is told where it is needed."""
+    for key in keys:
+        if not (OmegaConf.is_config(config) and OmegaConf.is_missing(config, key)) and getattr(config, key) != MISSING:
+            plain_part(getattr(config, key), key)
 
 
 def check_fusion_weights(fusion: Any, members: Sequence[str]) -> None:

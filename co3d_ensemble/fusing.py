@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from co3d_ensemble.base.paths import plain_part
 from co3d_ensemble.config import FusionConfig
 from co3d_ensemble.data.co3d import FrameRecord
 from co3d_ensemble.files import written_atomically
@@ -50,7 +51,8 @@ class Fusion:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Fusion:
-        return cls(tuple(value["members"]), FusionRule.from_json(value["color"]), FusionRule.from_json(value["mask"]))
+        members = tuple(plain_part(name, "members") for name in value["members"])
+        return cls(members, FusionRule.from_json(value["color"]), FusionRule.from_json(value["mask"]))
 
 
 def recorded_fusion(folder: Path) -> Fusion | None:

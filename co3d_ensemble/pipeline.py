@@ -14,6 +14,7 @@ import torch
 from omegaconf import DictConfig
 
 from co3d_ensemble.assembly import load_frame, load_scene, make_task, model_of_state
+from co3d_ensemble.base.paths import plain_part
 from co3d_ensemble.challenge.lpips import load_lpips, lpips_masked
 from co3d_ensemble.data.audit import camera_faults
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
@@ -41,7 +42,9 @@ NO_DEPTH = "no ground-truth depth"
 
 
 def run_directory(output_dir: Path | str, category: str, subset_name: str, member: str) -> Path:
-    return Path(output_dir) / category / subset_name / member
+    """Where a run lies: below ``output_dir`` whatever the names, each of which must be one plain part of a path (else ValueError)."""
+    names = {"category": category, "subset_name": subset_name, "member": member}
+    return Path(output_dir, *(plain_part(name, what) for what, name in names.items()))
 
 
 def train_sequence(config: DictConfig) -> TrainingResult:

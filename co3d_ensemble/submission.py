@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from co3d_ensemble.base.paths import plain_part
 from co3d_ensemble.challenge.archive import check_archive, write_archive
 from co3d_ensemble.challenge.scoring import score_archive
 from co3d_ensemble.challenge.targets import Target, archive_name, targets_with_records
@@ -85,6 +86,8 @@ def export_submission(
         raise ValueError(f"chunk_rays={chunk_rays}: must be positive")
     if not models or len(set(models)) < len(models):
         raise ValueError(f"models={list(models)}: exporting needs at least one member, each named once")
+    for name in models:
+        plain_part(name, "models")
     if fusion not in FUSIONS:
         raise ValueError(f"fusion={fusion!r}: expected one of {', '.join(FUSIONS)}")
     index = CO3DIndex(dataset_root)

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from co3d_ensemble.ablation.rows import ROWS, rows_named
 from co3d_ensemble.assembly import CONFIG_DIR
+from co3d_ensemble.base.paths import plain_part
 from co3d_ensemble.data.synthetic import SyntheticConfig
 from co3d_ensemble.settings import setting
 
@@ -51,8 +52,10 @@ class AblationConfig:
         if self.sequences and self.dataset_root is None:
             raise ValueError(f"sequences={list(self.sequences)}: dataset_root must say where they are")
         for sequence in self.sequences:
-            if sequence.count("/") != 1 or not all(sequence.split("/")):
+            if sequence.count("/") != 1:
                 raise ValueError(f"sequences: {sequence!r} is not '<category>/<subset_name>'")
+            for what, name in zip(("category", "subset_name"), sequence.split("/"), strict=True):
+                plain_part(name, f"sequences: {sequence!r}: {what}")
         self._check_generated()
         if len(self.devices) > self.jobs:
             raise ValueError(f"devices={list(self.devices)}: more than jobs={self.jobs}, which would leave some of them idle")
@@ -68,6 +71,7 @@ class AblationConfig:
             raise ValueError(f"generated={missing}: not in generated_sequences, which has {', '.join(self.generated_sequences) or 'none'}")
         known = {entry.name for entry in fields(SyntheticConfig)}
         for name, settings in self.generated_sequences.items():
+            plain_part(name, "generated_sequences: name")
             unknown = sorted(set(settings) - known)
             if unknown:
                 raise ValueError(f"generated_sequences.{name} has no {', '.join(unknown)}: expected keys among {', '.join(sorted(known))}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from co3d_ensemble.base.paths import plain_part
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord
 
 TASKS, SEQUENCE_SETS = ("manyview", "fewview"), ("dev", "test")
@@ -24,9 +25,8 @@ class Target:
     width: int
 
     def __post_init__(self) -> None:
-        for part in (self.category, self.subset_name, self.sequence_name):
-            if not part or part in (".", "..") or "/" in part or "\\" in part or "\0" in part:
-                raise ValueError(f"{part!r} cannot be part of a file's name ({self})")
+        for what in ("category", "subset_name", "sequence_name"):
+            plain_part(getattr(self, what), what)
         if self.height < 1 or self.width < 1:
             raise ValueError(f"a picture of {self.height} x {self.width} pixels ({self})")
 

@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from co3d_ensemble.base.paths import plain_part
 from co3d_ensemble.fields.mpi_network import MPINetwork
 from co3d_ensemble.fields.mpi_reference_weights import load_reference
 from co3d_ensemble.mine.config import MINEConfig, validate
@@ -54,7 +55,7 @@ def compose_mine(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Dic
 
 
 def run_directory(config: Any) -> Path:
-    return Path(config.output_dir) / "mine" / config.name
+    return Path(config.output_dir) / "mine" / plain_part(config.name, "name")
 
 
 def build_network(model: Any, *, load_weights: bool = True) -> MPINetwork:

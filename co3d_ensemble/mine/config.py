@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from co3d_ensemble.base.paths import plain_part
 from co3d_ensemble.config import LoopConfig
 from co3d_ensemble.config_checks import LOOP_RANGES
 from co3d_ensemble.settings import check_betas, check_choices, check_positive, check_ranges, check_shares, setting
@@ -204,8 +205,7 @@ def validate(config: Any) -> None:
     _check_losses(config)
     if config.data.kind != "generated" and config.data.root is None:
         raise ValueError(f"data.root is missing: data.kind={config.data.kind} is read from a folder (data.root=FOLDER)")
-    if not config.name or "/" in config.name:
-        raise ValueError(f"name={config.name!r}: cannot be the name of a folder")
+    plain_part(config.name, "name")
 
 
 def _check_planes(model: Any) -> None:

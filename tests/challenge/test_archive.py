@@ -307,7 +307,7 @@ def test_an_absent_archive_or_dataset_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("part", ["..", "a/b", "a\\b", ""])
 def test_a_target_whose_name_would_leave_its_folder_cannot_be_made(part):
-    with pytest.raises(ValueError, match="cannot be part"):
+    with pytest.raises(ValueError, match="must be one plain part"):
         Target("cape", "manyview_dev_0", part, 1, 6, 9)
 
 

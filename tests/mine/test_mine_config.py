@@ -116,7 +116,7 @@ def test_presets_are_the_rows_of_the_references_table(name, size, disparities, r
             "training.calibrate_scale=false does without",
         ),
         ({"evaluation__sampling": "random"}, "evaluation.sampling='random'"),
-        ({"name": "a/b"}, "name='a/b': cannot be the name of a folder"),
+        ({"name": "a/b"}, "name='a/b': must be one plain part of a path"),
     ],
 )
 def test_bad_values_are_named(changes, message):
