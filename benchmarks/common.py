@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from co3d_ensemble.assembly import Scene, compose_experiment, make_task
+from co3d_ensemble.base.quoting import escaped
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
 from co3d_ensemble.rendering import resolve_device
 from co3d_ensemble.training.stepper import INITIALISATION, Stepper, seed_default_generators
@@ -99,8 +100,8 @@ def find_sequence(root: Path | None, category: str, scratch: Path) -> tuple[Path
 def experiment(overrides: Sequence[str], *, root: Path, category: str, device: torch.device) -> DictConfig:
     """A composed, resolved experiment on a sequence."""
     config = compose_experiment([*overrides, f"category={category}", f"subset_name={SUBSET}"])
-    config.dataset_root, config.device = str(root), str(device)
     OmegaConf.resolve(config)
+    config.dataset_root, config.device = escaped(str(root)), str(device)  # last, for resolving takes escapes away
     return config
 
 

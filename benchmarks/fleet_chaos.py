@@ -26,6 +26,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from co3d_ensemble.base.quoting import override
+from co3d_ensemble.scripts import run_script
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 PRETEND = REPOSITORY / "tests" / "fleet" / "pretend.py"
 TRAIN_ALL = REPOSITORY / "launch" / "train_all_sequences.py"
@@ -192,7 +197,7 @@ def split_at_dashes(argv: list[str]) -> tuple[list[str], list[str]]:
     return argv[:at], argv[at + 1 :]
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--kills", type=int, default=100)
@@ -203,11 +208,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hours", type=float, default=3.0, help="give up after (default: %(default)s)")
     parser.add_argument("--real", metavar="ROOT", help="train on this data set with the settings after --")
-    own, settings = split_at_dashes(sys.argv[1:])
+    own, settings = split_at_dashes(list(argv))
     options = parser.parse_args(own)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.real:
-        real = [f"dataset_root={options.real}", "training.deterministic=true", "training.checkpoint_every_seconds=1"]
+        real = [override("dataset_root", options.real), "training.deterministic=true", "training.checkpoint_every_seconds=1"]
         script = [str(TRAIN_ALL), *real, "threads=1", *settings]
     else:
         script = pretended(options.output / "root", options.jobs, options.seed)
@@ -217,10 +222,10 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     shape = {"nodes": options.nodes, "workers": options.workers}
     began = time.monotonic()
-    undisturbed = Agents([*script, f"output_dir={reference}"], log=options.output / "undisturbed.log", **shape)
+    undisturbed = Agents([*script, override("output_dir", reference)], log=options.output / "undisturbed.log", **shape)
     torment(undisturbed, kills=0, pause=1.0, generator=generator, seconds=seconds)
     alone = time.monotonic() - began
-    agents = Agents([*script, f"output_dir={tormented}"], log=options.output / "tormented.log", **shape)
+    agents = Agents([*script, override("output_dir", tormented)], log=options.output / "tormented.log", **shape)
     done = torment(agents, kills=options.kills, pause=options.pause, generator=generator, seconds=seconds)
     wrong, whole = outcome(tormented, reference), time.monotonic() - began
     told = ", ".join(f"{n} {kind}" for kind, n in done.items())
@@ -230,4 +235,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -24,8 +24,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from torch.distributed import TCPStore
 
+from co3d_ensemble.base.signals import EXIT_PREEMPTED, StopSignals
 from co3d_ensemble.files import remove_temporaries
 from co3d_ensemble.fleet.bound import die_with_parent
 from co3d_ensemble.fleet.claims import Reception, Round, ask_for_round
@@ -34,7 +37,7 @@ from co3d_ensemble.fleet.jobrun import Terms
 from co3d_ensemble.fleet.jobs import Job, longest_first
 from co3d_ensemble.fleet.status import packed
 from co3d_ensemble.fleet.worker import work
-from co3d_ensemble.training.signals import EXIT_PREEMPTED, StopSignals
+from co3d_ensemble.scripts import run_script
 
 N_JOBS = 176  # 88 subsets x 2 models
 MEDIAN_HOURS, SPREAD = 2.0, 0.5  # lognormal, as sequences of 100 to 300 frames differ; a few take four times the median
@@ -207,7 +210,7 @@ def simulate(
     }
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[8, 32, 136])
     parser.add_argument("--deaths", type=int, default=0)
@@ -215,7 +218,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=N_JOBS)
     parser.add_argument("--hour", type=float, default=1.0, help="seconds that stand for an hour (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     logging.basicConfig(level=logging.ERROR)
     generator = random.Random(options.seed)
     lengths = [options.hour * MEDIAN_HOURS * generator.lognormvariate(0, SPREAD) for _ in range(options.jobs)]
@@ -237,4 +240,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

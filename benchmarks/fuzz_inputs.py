@@ -21,6 +21,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.fuzzing import Case, Target, fuzz, summary, table  # noqa: E402
+from co3d_ensemble.scripts import run_script  # noqa: E402
 
 TARGETS = {"annotations": ("fuzz_annotations", "Annotations")}  # what is imported when it is asked for: module and class
 TELL_EVERY_SECONDS = 10.0
@@ -74,4 +75,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

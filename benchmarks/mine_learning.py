@@ -34,6 +34,7 @@ from torch.utils.data import Dataset
 
 from benchmarks.common import DEFAULT_ROOT, SUBSET, circumstances, prepare
 from benchmarks.report import mine_learning_table
+from co3d_ensemble.base.quoting import override
 from co3d_ensemble.fields.mpi_network import MPINetwork
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.depth_metrics import depth_metrics
@@ -49,7 +50,7 @@ from co3d_ensemble.mine.run import train_mine
 from co3d_ensemble.mine.training_data import open_pairs
 from co3d_ensemble.mine.trajectories import Pose
 from co3d_ensemble.report.pictures import depth_to_rgb, save_picture, sheet, to_uint8
-from co3d_ensemble.scripts import configure_logging, reported
+from co3d_ensemble.scripts import configure_logging, reported, run_script
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.records import read_metrics
 from co3d_ensemble.training.run_directory import RunDirectory
@@ -116,10 +117,11 @@ def planned_rows(arguments: argparse.Namespace) -> list[Row]:
     ]
     root = arguments.root or DEFAULT_ROOT
     if (root / "category_to_subset_name_list.json").is_file():
-        options = ["experiment=mine_co3d", f"data.root={root}", f"+data.options.subsets=[cape/{SUBSET}]", "data.height=96", "data.width=96"]
-        options += ["model.encoder=resnet18", "model.poolings=0", "data.workers=0", "training.mirror=true"]
+        options = ["experiment=mine_co3d", override("data.root", root), f"+data.options.subsets=[cape/{SUBSET}]"]
+        options += ["data.height=96", "data.width=96", "model.encoder=resnet18", "model.poolings=0", "data.workers=0"]
         # one sequence, so its unit is the planes' (the object stands at 4); it has neither depth nor points
         options += ["model.near_disparity=0.4", "model.far_disparity=0.02", "data.n_points=0", "training.calibrate_scale=false"]
+        options += ["training.mirror=true"]
         options += ["training.loss_weights.loss_disparity_source=null", "training.loss_weights.loss_disparity_target=null"]
         rows.append(Row(CAPE, 16, tuple(options)))
     elif arguments.root is not None:
@@ -136,7 +138,7 @@ def row_config(row: Row, arguments: argparse.Namespace) -> Any:
     if arguments.toy:
         overrides += ["data.height=32", "data.width=32", "data.max_val_pairs=2", "training.log_every=1", "training.validate_every=0.5"]
     overrides += [f"model.n_planes={row.n_planes}", f"training.max_steps={steps}", "training.epochs=null"]
-    overrides += [f"output_dir={arguments.output}", f"name={row.name}", f"device={arguments.device}", *arguments.override]
+    overrides += [override("output_dir", arguments.output), f"name={row.name}", f"device={arguments.device}", *arguments.override]
     return compose_mine(overrides)
 
 
@@ -304,6 +306,10 @@ def curve(results: dict[str, dict[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv)
     configure_logging()
+    return reported(lambda: benchmark(arguments, argv))
+
+
+def benchmark(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     device = prepare(arguments.device, arguments.threads)
     rows = planned_rows(arguments)
     names = [row.name for row in rows]
@@ -341,4 +347,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(reported(lambda: main(sys.argv[1:])))
+    run_script(main)

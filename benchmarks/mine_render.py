@@ -31,7 +31,7 @@ from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.cameras import so3_exp
 from co3d_ensemble.functional.mpi import render_target_view
 from co3d_ensemble.functional.mpi_sampling import fixed_disparities
-from co3d_ensemble.scripts import reported
+from co3d_ensemble.scripts import reported, run_script
 
 OURS, REFERENCE = "ours", "reference"
 PLANES = (32, 64, 256)
@@ -266,4 +266,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -53,6 +53,7 @@ from co3d_ensemble.assembly import Scene, load_scene
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.plugin.frames import load_frames
 from co3d_ensemble.plugin.model import ObjectModel
+from co3d_ensemble.scripts import run_script
 from co3d_ensemble.training.ray_bank_task import RayBankTask, evenly_spread
 
 WARM_UP = 2  # samples
@@ -237,4 +238,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -28,10 +28,11 @@ from benchmarks.common import SUBSET, circumstances, experiment, find_sequence, 
 from benchmarks.report import peers_section
 from benchmarks.time_to_quality import hull_reference, load_targets
 from co3d_ensemble.assembly import CONFIG_DIR, compose_experiment, load_scene
+from co3d_ensemble.base.quoting import override
+from co3d_ensemble.base.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from co3d_ensemble.composition import compose_ensemble, is_ensemble
 from co3d_ensemble.files import write_json_atomic
-from co3d_ensemble.scripts import configure_logging, first_line, reported
-from co3d_ensemble.training.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED
+from co3d_ensemble.scripts import configure_logging, first_line, reported, run_script
 from launch import train_sequence
 
 # name of a row and of its experiment at full size; the laptop preset is <experiment>_laptop
@@ -108,7 +109,8 @@ def planned_row(name: str, arguments: argparse.Namespace, *, root: Path, categor
     if not (CONFIG_DIR / "experiment" / f"{chosen}.yaml").is_file():
         raise ValueError(f"there is no experiment {chosen}")
     output = arguments.output / name
-    place = (f"experiment={chosen}", f"dataset_root={root}", f"category={category}", f"subset_name={SUBSET}", f"output_dir={output}")
+    where = {"dataset_root": root, "category": category, "subset_name": SUBSET, "output_dir": output}
+    place = (f"experiment={chosen}", *(override(key, value) for key, value in where.items()))
     own = [entry.partition(":")[2] for entry in arguments.override_row if entry.partition(":")[0] == name]
     overrides = [*place, f"device={device}", *COMMON, *arguments.override, *own]
     runs = output / category / SUBSET
@@ -235,4 +237,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

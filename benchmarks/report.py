@@ -13,6 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from co3d_ensemble.scripts import run_script
+
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- figures: written by report.py -->", "<!-- end of figures -->"
 NOTHING = "No results are stored in `benchmarks/results` yet."
@@ -226,4 +230,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

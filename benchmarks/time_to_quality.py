@@ -31,7 +31,7 @@ from co3d_ensemble.functional.cameras import intersect_box, pixel_centers, pixel
 from co3d_ensemble.functional.metrics import psnr_masked
 from co3d_ensemble.functional.types import Frame
 from co3d_ensemble.plugin.frames import load_frames
-from co3d_ensemble.scripts import configure_logging, reported
+from co3d_ensemble.scripts import configure_logging, reported, run_script
 
 ABOVE_REFERENCE = 2.0  # dB over the hull in its mean colour: what a baseline must exceed to count as trained
 HULL_SAMPLES = 512  # per ray, for the silhouette of the hull
@@ -261,4 +261,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -51,6 +51,7 @@ from benchmarks.step_timing import (
 from co3d_ensemble.assembly import Scene, load_scene
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
 from co3d_ensemble.files import write_json_atomic
+from co3d_ensemble.scripts import run_script
 from co3d_ensemble.training.ray_bank_task import RayBankTask
 from co3d_ensemble.training.stepper import Stepper
 
@@ -332,4 +333,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from co3d_ensemble.base.quoting import literal
 from co3d_ensemble.config import ExperimentConfig, ImplicitronModelConfig, ModelConfig
 from co3d_ensemble.config_checks import validate
 from co3d_ensemble.data.audit import audit_subset, hold_out, usable_frames
@@ -31,6 +32,7 @@ from co3d_ensemble.plugin.mine_model import MINEModel, build_mine_model
 from co3d_ensemble.plugin.model import ObjectModel, build_nerf
 from co3d_ensemble.plugin.source_views import SourceSettings
 from co3d_ensemble.plugin.tensorf_model import build_tensorf
+from co3d_ensemble.settings import literal_settings
 from co3d_ensemble.training.implicitron_task import ImplicitronTask
 from co3d_ensemble.training.ray_bank_task import GridTask, RayBankTask, evenly_spread
 from co3d_ensemble.training.task import Task
@@ -46,11 +48,13 @@ ConfigStore.instance().store(name="experiment_schema", node=ExperimentConfig)  #
 def compose_experiment(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> DictConfig:
     """An experiment from ``configs/`` and Hydra overrides (``experiment=nerf_laptop category=cape training.lr=1e-3``).
 
+    Paths and names are taken literally, whatever characters they have, unless they stand in quotes.
+
     Raises:
         hydra.errors.HydraException, ValueError: an unknown key or experiment, a wrong type or value; the message names it.
     """
     with initialize_config_dir(str(config_dir), version_base="1.3"):
-        config = compose("train_sequence", list(overrides))
+        config = compose("train_sequence", literal(overrides, literal_settings(ExperimentConfig)))
     # Hydra's "+key=value" adds what the schema lacks: refused here like any other unknown key
     OmegaConf.merge(OmegaConf.structured(ExperimentConfig), OmegaConf.to_container(config))
     if _is_mine(config):

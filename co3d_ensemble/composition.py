@@ -13,12 +13,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from co3d_ensemble.assembly import CONFIG_DIR, compose_experiment
-from co3d_ensemble.config import EnsembleConfig
+from co3d_ensemble.base.quoting import escaped, literal, with_escapes
+from co3d_ensemble.config import EnsembleConfig, ExperimentConfig
 from co3d_ensemble.config_checks import validate_ensemble
 from co3d_ensemble.scripts import first_line
+from co3d_ensemble.settings import literal_settings
 
 PLACE = ("dataset_root", "category", "subset_name", "output_dir", "device")  # what an ensemble and its members have in common
 NAMED_BY_THE_ENSEMBLE = ("member", *PLACE)
+_LITERAL = literal_settings(EnsembleConfig) | literal_settings(ExperimentConfig)
 _FOR_ONE = re.compile(r"(?P<sign>[+~]*)members\.(?P<name>[^.=]+)\.overrides\.(?P<rest>.*)", re.DOTALL)
 
 
@@ -48,7 +51,7 @@ def compose_ensemble(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) ->
         hydra.errors.HydraException, ValueError: an unknown key or experiment, a wrong type or value; the message names it and,
             where it is a member's, the member.
     """
-    special, own, shared = _parted(overrides)
+    special, own, shared = _parted(literal(overrides, _LITERAL))
     schema = OmegaConf.structured(EnsembleConfig)
     # untyped, for OmegaConf cannot add a member to a typed dictionary key by key; types and unknown keys are checked below
     ConfigStore.instance().store(name="ensemble_schema", node=OmegaConf.to_container(schema))
@@ -62,8 +65,8 @@ def compose_ensemble(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) ->
     for name, member in config.members.items():
         mine = [override for owner, override in special if owner == name]
         experiments[name] = _compose_member(config, name, [*config.overrides, *member.overrides, *shared, *mine], config_dir)
-        member.overrides = [*member.overrides, *mine]
-    config.overrides = [*config.overrides, *shared]
+        member.overrides = with_escapes([*member.overrides, *mine])
+    config.overrides = with_escapes([*config.overrides, *shared])
     return config, experiments
 
 
@@ -73,7 +76,7 @@ def member_overrides(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) ->
     Raises:
         hydra.errors.HydraException, ValueError: as :func:`compose_ensemble`.
     """
-    special, _, shared = _parted(overrides)
+    special, _, shared = _parted(literal(overrides, _LITERAL))
     config, _ = compose_ensemble(overrides, config_dir)
     found = {}
     for name, member in config.members.items():
@@ -104,10 +107,10 @@ def _compose_member(config: DictConfig, name: str, overrides: Sequence[str], con
         experiment = compose_experiment([f"experiment={config.members[name].experiment}", *overrides], config_dir)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"member {name}: {first_line(error)}") from error
-    experiment.member = name
+    experiment.member = escaped(name)
     for key in PLACE:
         if not OmegaConf.is_missing(config, key):
-            experiment[key] = config[key]
+            experiment[key] = with_escapes(config[key])
     return experiment
 
 

@@ -112,7 +112,9 @@ class ImplicitronModelConfig:
     source_views: int = setting(9, "photographs that features are pooled from, at most in training and at rendering (view pooling only)")
     min_source_views: int = setting(1, "a training step draws its number of source photographs between this and source_views")
     kept_photographs: int = setting(64, "training photographs kept in the weights, of which rendering picks its source views")
-    encoder_weights: str | None = setting(None, "file with torchvision's weights of the image encoder; null: random, nothing is downloaded")
+    encoder_weights: str | None = setting(
+        None, "file with torchvision's weights of the image encoder; null: random, nothing is downloaded", literal=True
+    )
 
 
 @dataclass
@@ -206,11 +208,11 @@ class RenderingConfig:
 class ExperimentConfig:
     """One member model on one sequence."""
 
-    dataset_root: str = setting(MISSING, "CO3Dv2 root folder")
-    category: str = setting(MISSING, "e.g. cape")
-    subset_name: str = setting("manyview_dev_0", "e.g. manyview_dev_0")
-    output_dir: str = setting("outputs", "runs go to <output_dir>/<category>/<subset_name>/<member>")
-    member: str = setting("nerf", "name of the run's folder, unique within an ensemble")
+    dataset_root: str = setting(MISSING, "CO3Dv2 root folder", literal=True)
+    category: str = setting(MISSING, "e.g. cape", literal=True)
+    subset_name: str = setting("manyview_dev_0", "e.g. manyview_dev_0", literal=True)
+    output_dir: str = setting("outputs", "runs go to <output_dir>/<category>/<subset_name>/<member>", literal=True)
+    member: str = setting("nerf", "name of the run's folder, unique within an ensemble", literal=True)
     device: str = setting("auto", "auto | cpu | cuda | cuda:N")
     data: DataConfig = setting(DataConfig, "frames and bounds")
     model: ModelConfig = setting(ModelConfig, "what is trained")
@@ -245,11 +247,15 @@ class FusionConfig:
 class EnsembleConfig:
     """Several members on one sequence, and their fusion. Any other setting on the command line goes to every member."""
 
-    dataset_root: str = setting(MISSING, "CO3Dv2 root folder")
-    category: str = setting(MISSING, "e.g. cape")
-    subset_name: str = setting("manyview_dev_0", "e.g. manyview_dev_0")
-    output_dir: str = setting("outputs", "members go to <output_dir>/<category>/<subset_name>/<member>, the fusion to <name> beside them")
-    name: str = setting("ensemble", "name of the fusion's folder")
+    dataset_root: str = setting(MISSING, "CO3Dv2 root folder", literal=True)
+    category: str = setting(
+        MISSING, "e.g. cape", literal=True
+    )
+    subset_name: str = setting("manyview_dev_0", "e.g. manyview_dev_0", literal=True)
+    output_dir: str = setting(
+        "outputs", "members go to <output_dir>/<category>/<subset_name>/<member>, the fusion to <name> beside them", literal=True
+    )
+    name: str = setting("ensemble", "name of the fusion's folder", literal=True)
     device: str = setting("auto", "auto | cpu | cuda | cuda:N")
     members: dict[str, MemberConfig] = setting({}, "name -> experiment and overrides (a new one: +members.NAME.experiment=...)")
     overrides: list[str] = setting([], "settings of every member; those of the command line are added")

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from co3d_ensemble.assembly import load_frame, usable_subset
+from co3d_ensemble.base.quoting import escaped
 from co3d_ensemble.challenge.lpips import load_lpips
 from co3d_ensemble.data.co3d import FrameRecord, Subset
 from co3d_ensemble.files import remove_temporaries, write_json_atomic, write_text_atomic
@@ -112,7 +113,7 @@ def _of_the_run(run: RunDirectory) -> dict[str, Any]:
 
 def _common_frames(config: DictConfig, runs: Mapping[str, RunDirectory]) -> tuple[DictConfig, list[FrameRecord], list[FrameRecord]]:
     """Settings to load frames with, and the validation and target frames: held out by every member."""
-    stored = {name: OmegaConf.merge(run.config, {"dataset_root": config.dataset_root}) for name, run in runs.items()}
+    stored = {name: OmegaConf.merge(run.config, {"dataset_root": escaped(config.dataset_root)}) for name, run in runs.items()}
     subsets: dict[tuple[float, int], Subset] = {}  # the audit reads every file: once per way to hold frames out
     for settings in stored.values():
         key = (settings.data.val_share, settings.data.min_known_frames)

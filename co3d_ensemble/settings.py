@@ -8,9 +8,13 @@ from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with a line of help; mutable defaults are copied per instance."""
-    metadata = {"help": help}
+def setting(default: Any, help: str, *, literal: bool = False) -> Any:
+    """A dataclass field with a line of help; mutable defaults are copied per instance.
+
+    Args:
+        literal: a path or a name, whose text on a command line is taken as it stands, whatever characters it has.
+    """
+    metadata = {"help": help, "literal": literal}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     if isinstance(default, type):
@@ -27,6 +31,18 @@ def settings_with_help(config_class: type, prefix: str = "") -> Iterator[tuple[s
             yield from settings_with_help(type(value), key + ".")
         else:
             yield key, value, entry.metadata["help"]
+
+
+def literal_settings(config_class: type, prefix: str = "") -> frozenset[str]:
+    """Dotted keys of the settings that are paths or names, see :func:`setting`."""
+    found: set[str] = set()
+    for entry in fields(config_class):
+        nested = entry.default_factory
+        if isinstance(nested, type) and is_dataclass(nested):
+            found |= literal_settings(nested, f"{prefix}{entry.name}.")
+        elif entry.metadata.get("literal"):
+            found.add(prefix + entry.name)
+    return frozenset(found)
 
 
 def check_choices(config: Any, choices: Mapping[str, Sequence[str]]) -> None:

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from co3d_ensemble.ablation.rows import ROWS
 from co3d_ensemble.ablation.run import ablate
 from co3d_ensemble.ablation.settings import PRESETS, AblationConfig, preset_defaults
-from co3d_ensemble.scripts import WRONG_ARGUMENTS, first_line, run_with_settings
+from co3d_ensemble.scripts import WRONG_ARGUMENTS, first_line, run_script, run_with_settings
 from co3d_ensemble.settings import settings_with_help
 
 
@@ -48,4 +48,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -8,20 +8,21 @@ A finished demo is not trained again; delete the folder to start over. An interr
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from co3d_ensemble.base.quoting import override
 from co3d_ensemble.challenge.scoring import format_table, load_ground_truth
 from co3d_ensemble.composition import compose_ensemble
 from co3d_ensemble.data.co3d import CO3DIndex
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
 from co3d_ensemble.ensemble import format_members, train_ensemble
 from co3d_ensemble.functional.metrics import psnr_masked
-from co3d_ensemble.scripts import run_with_settings
+from co3d_ensemble.scripts import run_script, run_with_settings
+from co3d_ensemble.settings import setting
 from co3d_ensemble.submission import export_submission
 
 CATEGORY, SUBSET = "mug", "manyview_dev_0"
@@ -29,7 +30,7 @@ CATEGORY, SUBSET = "mug", "manyview_dev_0"
 
 @dataclass
 class DemoConfig:
-    output: str = "demo_output"
+    output: str = setting("demo_output", "folder of everything that is written", literal=True)
     steps: int | None = None  # of every member
     device: str = "auto"
 
@@ -49,8 +50,8 @@ def demo(options: DemoConfig) -> int:
     if not (root / "category_to_subset_name_list.json").exists():
         print(f"photographing a generated {CATEGORY} into {root}", flush=True)
         generate_dataset(root, {CATEGORY: [SUBSET]}, SyntheticConfig())
-    overrides = ["experiment=ensemble_demo", f"dataset_root={root}", f"category={CATEGORY}", f"subset_name={SUBSET}"]
-    overrides += [f"output_dir={output}", f"device={options.device}"]
+    overrides = ["experiment=ensemble_demo", override("dataset_root", root), f"category={CATEGORY}", f"subset_name={SUBSET}"]
+    overrides += [override("output_dir", output), f"device={options.device}"]
     overrides += [] if options.steps is None else [f"training.max_steps={options.steps}"]
     config, members = compose_ensemble(overrides)
     status, results = train_ensemble(config, members)
@@ -73,4 +74,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

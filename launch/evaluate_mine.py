@@ -23,10 +23,8 @@ from rich.console import Console
 
 from co3d_ensemble.mine.evaluation_run import EvaluateConfig, run_evaluation
 from co3d_ensemble.mine.evaluation_table import table
-from co3d_ensemble.scripts import quoted, run_with_settings
+from co3d_ensemble.scripts import run_script, run_with_settings
 from co3d_ensemble.settings import settings_with_help
-
-PATHS = ("checkpoint", "root", "pair_list", "lpips_weights", "output_dir")
 
 
 def show(settings: EvaluateConfig) -> int:
@@ -38,8 +36,8 @@ def show(settings: EvaluateConfig) -> int:
 
 def main(arguments: list[str]) -> int:
     listed = "\n".join(f"  {key}={default}\n      {text}" for key, default, text in settings_with_help(EvaluateConfig))
-    return run_with_settings(quoted(arguments, PATHS), EvaluateConfig, f"{__doc__}\nSettings:\n\n{listed}\n", show)
+    return run_with_settings(arguments, EvaluateConfig, f"{__doc__}\nSettings:\n\n{listed}\n", show)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

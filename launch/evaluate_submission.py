@@ -13,7 +13,6 @@ Exit codes: 0 fine, 1 another error that the message explains, 2 wrong arguments
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -21,25 +20,27 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from co3d_ensemble.base.quoting import override
 from co3d_ensemble.challenge.archive import ArchiveError, MissingTargets, check_archive
 from co3d_ensemble.challenge.scoring import GroundTruthError, format_table, score_archive
 from co3d_ensemble.challenge.targets import SEQUENCE_SETS, TASKS, targets_with_records
 from co3d_ensemble.data.co3d import CO3DIndex
 from co3d_ensemble.files import write_json_atomic
-from co3d_ensemble.scripts import WRONG_ARGUMENTS, run_with_settings
+from co3d_ensemble.scripts import WRONG_ARGUMENTS, run_script, run_with_settings
+from co3d_ensemble.settings import setting
 
 BAD_ARCHIVE, MISSING_FRAMES, BAD_DATASET = 3, 4, 5
 
 
 @dataclass
 class Arguments:
-    archive: str = MISSING  # the argument without "="
-    dataset_root: str = MISSING  # CO3Dv2 root folder
+    archive: str = setting(MISSING, "the submission: the argument without a setting's name", literal=True)
+    dataset_root: str = setting(MISSING, "CO3Dv2 root folder", literal=True)
     allow_missing: bool = False  # score what is there, and list the rest
     check_only: bool = False  # check every frame of the archive without scoring it
     apply_scale_adjustment: bool = False  # depth in world units; the challenge takes the depth maps as they are
     workers: int = 1  # threads
-    output: str | None = None  # JSON file for the scores
+    output: str | None = setting(None, "JSON file for the scores", literal=True)
     task: str | None = None  # manyview | fewview; null: from the archive's name
     sequence_set: str | None = None  # dev | test; null: from the archive's name
 
@@ -94,15 +95,20 @@ def exit_code(arguments: Arguments) -> int:
     return 0
 
 
+def is_setting(argument: str) -> bool:
+    """``KEY=VALUE``, and not an archive in whose path an equals sign stands."""
+    key, sign, _ = argument.partition("=")
+    return key in Arguments.__dataclass_fields__ or bool(sign) and key.isidentifier() and not Path(argument).exists()
+
+
 def main(argv: list[str]) -> int:
-    archives = [argument for argument in argv if "=" not in argument and argument not in ("-h", "--help")]
+    archives = [argument for argument in argv if not is_setting(argument) and argument not in ("-h", "--help")]
     settings = [argument for argument in argv if argument not in archives]
     if len(archives) != 1 and not {"-h", "--help"} & set(argv):
         print(f"error: expected one archive, got {', '.join(archives) or 'none'} (--help lists the settings)", file=sys.stderr)
         return WRONG_ARGUMENTS
-    # quoted, for the parser of settings would read a name like 1e3 or [a] as a value
-    return run_with_settings([*(f"archive={json.dumps(path)}" for path in archives), *settings], Arguments, __doc__, exit_code)
+    return run_with_settings([*(override("archive", path) for path in archives), *settings], Arguments, __doc__, exit_code)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -23,7 +23,6 @@ Exit codes: 0 done, 1 an error that the message explains, 2 wrong arguments, 130
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 from omegaconf import MISSING
@@ -32,15 +31,16 @@ from co3d_ensemble.challenge.scoring import format_table
 from co3d_ensemble.challenge.targets import SEQUENCE_SETS
 from co3d_ensemble.mine.fewview import export_fewview, model_of_run
 from co3d_ensemble.rendering import resolve_device
-from co3d_ensemble.scripts import run_with_settings
+from co3d_ensemble.scripts import run_script, run_with_settings
+from co3d_ensemble.settings import setting
 
 
 @dataclass
 class FewViewConfig:
-    dataset_root: str = MISSING
-    run: str = MISSING
+    dataset_root: str = setting(MISSING, "CO3Dv2 root folder", literal=True)
+    run: str = setting(MISSING, "a run of MINE, or a checkpoint", literal=True)
     preset: str | None = None
-    output_dir: str = "outputs"
+    output_dir: str = setting("outputs", "where the submission goes", literal=True)
     sequence_set: str = "dev"
     n_planes: int | None = None
     fine_planes: int | None = None
@@ -78,4 +78,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

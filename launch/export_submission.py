@@ -21,21 +21,21 @@ Exit codes: 0 done, 1 an error that the message explains, 2 wrong arguments, 130
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict, dataclass, field
 
 from omegaconf import MISSING
 
 from co3d_ensemble.challenge.scoring import format_table
 from co3d_ensemble.challenge.targets import SEQUENCE_SETS
-from co3d_ensemble.scripts import run_with_settings
+from co3d_ensemble.scripts import run_script, run_with_settings
+from co3d_ensemble.settings import setting
 from co3d_ensemble.submission import FUSIONS, export_submission
 
 
 @dataclass
 class ExportConfig:
-    dataset_root: str = MISSING
-    output_dir: str = "outputs"
+    dataset_root: str = setting(MISSING, "CO3Dv2 root folder", literal=True)
+    output_dir: str = setting("outputs", "where the runs are", literal=True)
     sequence_set: str = "dev"
     models: list[str] = field(default_factory=lambda: ["nerf"])
     fusion: str = "auto"
@@ -67,4 +67,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -8,12 +8,14 @@ Every category gets one sequence per subset. Categories named after an object (m
 """
 
 import argparse
-import sys
+from collections.abc import Sequence
+from typing import Any
 
 from co3d_ensemble.data.synthetic import OBJECTS, SyntheticConfig, generate_dataset
+from co3d_ensemble.scripts import configure_logging, reported, run_script
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     defaults = SyntheticConfig()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", help="dataset root, created or added to")
@@ -30,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--supersample", type=int, default=defaults.supersample)
     parser.add_argument("--intrinsics-format", default=defaults.intrinsics_format)
     parser.add_argument("--image-format", default=defaults.image_format, help="jpg or png")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def integers(text: str, separator: str, count: int, option: str) -> list[int]:
@@ -40,19 +42,22 @@ def integers(text: str, separator: str, count: int, option: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def main() -> None:
-    options = vars(parse_arguments())
-    try:
-        root, categories, subsets = options.pop("root"), options.pop("categories"), options.pop("subsets").split(",")
-        n_known, n_val, n_unseen = integers(options.pop("frames"), ",", 3, "--frames")
-        size = options.pop("size")
-        height, width = integers(size if "x" in size else f"{size}x{size}", "x", 2, "--size")
-        config = SyntheticConfig(n_known=n_known, n_val=n_val, n_unseen=n_unseen, height=height, width=width, **options)
-        generate_dataset(root, {category: subsets for category in categories.split(",")}, config)
-    except ValueError as error:
-        sys.exit(f"generate_sequence: {error}")
+def generate(options: dict[str, Any]) -> int:
+    root, categories, subsets = options.pop("root"), options.pop("categories"), options.pop("subsets").split(",")
+    n_known, n_val, n_unseen = integers(options.pop("frames"), ",", 3, "--frames")
+    size = options.pop("size")
+    height, width = integers(size if "x" in size else f"{size}x{size}", "x", 2, "--size")
+    config = SyntheticConfig(n_known=n_known, n_val=n_val, n_unseen=n_unseen, height=height, width=width, **options)
+    generate_dataset(root, {category: subsets for category in categories.split(",")}, config)
     print(f"wrote {len(categories.split(',')) * len(subsets)} sequences of {n_known + n_val + n_unseen} frames to {root}")
+    return 0
+
+
+def main(arguments: Sequence[str]) -> int:
+    options = vars(parse_arguments(arguments))
+    configure_logging()
+    return reported(lambda: generate(options))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

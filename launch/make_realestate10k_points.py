@@ -26,14 +26,15 @@ from omegaconf import MISSING
 
 from co3d_ensemble.mine.realestate10k import camera_files, read_clip
 from co3d_ensemble.mine.realestate10k_points import triangulate_clip
-from co3d_ensemble.scripts import run_with_settings
+from co3d_ensemble.scripts import run_script, run_with_settings
+from co3d_ensemble.settings import setting
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class PointsConfig:
-    root: str = MISSING
+    root: str = setting(MISSING, "folder of the data set", literal=True)
     split: str = "train"
     clips: list[str] = field(default_factory=list)
     part: int = 0
@@ -79,4 +80,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -15,13 +15,9 @@ Exit codes: 0 done, 1 an error that the message explains, 2 wrong arguments, 130
 
 from __future__ import annotations
 
-import sys
-
 from co3d_ensemble.mine.render_photo import RenderConfig, render_photo
-from co3d_ensemble.scripts import quoted, run_with_settings
+from co3d_ensemble.scripts import run_script, run_with_settings
 from co3d_ensemble.settings import settings_with_help
-
-PATHS = ("image", "checkpoint", "output_dir")
 
 
 def show(settings: RenderConfig) -> int:
@@ -35,8 +31,8 @@ def show(settings: RenderConfig) -> int:
 
 def main(arguments: list[str]) -> int:
     listed = "\n".join(f"  {key}={default}\n      {text}" for key, default, text in settings_with_help(RenderConfig))
-    return run_with_settings(quoted(arguments, PATHS), RenderConfig, f"{__doc__}\nSettings:\n\n{listed}\n", show)
+    return run_with_settings(arguments, RenderConfig, f"{__doc__}\nSettings:\n\n{listed}\n", show)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

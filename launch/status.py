@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.live import Live
 
 from co3d_ensemble.fleet.status import StatusConfig, as_json, read_status, render
-from co3d_ensemble.scripts import run_with_settings
+from co3d_ensemble.scripts import run_script, run_with_settings
 from co3d_ensemble.settings import settings_with_help
 
 
@@ -44,4 +44,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -24,7 +24,7 @@ import sys
 
 from co3d_ensemble.fleet.run import run_fleet
 from co3d_ensemble.fleet.settings import FleetConfig, split_arguments
-from co3d_ensemble.scripts import WRONG_ARGUMENTS, run_with_settings
+from co3d_ensemble.scripts import WRONG_ARGUMENTS, run_script, run_with_settings
 from co3d_ensemble.settings import settings_with_help
 
 
@@ -50,7 +50,11 @@ def main(arguments: list[str]) -> int:
     return run_with_settings(own, FleetConfig, help_text(), act)
 
 
+def worker(arguments: list[str]) -> int:
+    """:func:`main`, but torchrun would start all workers again and again over a mistake in the command."""
+    status = main(arguments)
+    return 0 if status == WRONG_ARGUMENTS and "TORCHELASTIC_RUN_ID" in os.environ else status
+
+
 if __name__ == "__main__":
-    status = main(sys.argv[1:])
-    # torchrun would start all workers again and again over a mistake in the command
-    sys.exit(0 if status == WRONG_ARGUMENTS and "TORCHELASTIC_RUN_ID" in os.environ else status)
+    run_script(worker)

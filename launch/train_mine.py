@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from co3d_ensemble.mine.assembly import CONFIG_DIR, compose_mine
 from co3d_ensemble.mine.config import MINEConfig
 from co3d_ensemble.mine.run import train_mine
-from co3d_ensemble.scripts import configure_logging, first_line, reported
+from co3d_ensemble.scripts import configure_logging, first_line, reported, run_script
 from co3d_ensemble.settings import settings_with_help
 
 
@@ -55,4 +55,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

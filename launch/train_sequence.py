@@ -23,7 +23,7 @@ from co3d_ensemble.composition import compose_ensemble, is_ensemble
 from co3d_ensemble.config import EnsembleConfig, ExperimentConfig, MemberConfig
 from co3d_ensemble.ensemble import format_members, train_ensemble
 from co3d_ensemble.pipeline import train_sequence
-from co3d_ensemble.scripts import configure_logging, first_line, reported
+from co3d_ensemble.scripts import configure_logging, first_line, reported, run_script
 from co3d_ensemble.settings import settings_with_help
 
 
@@ -68,4 +68,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

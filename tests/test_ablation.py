@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from co3d_ensemble.ablation import cells
 from co3d_ensemble.ablation import run as ablation_run
-from co3d_ensemble.ablation.cells import Plan, best_row, owners, quoted
+from co3d_ensemble.ablation.cells import Plan, best_row, owners
 from co3d_ensemble.ablation.fused import FusedCell, read_fused
 from co3d_ensemble.ablation.fused import main as fused_main
 from co3d_ensemble.ablation.jobs import Outcome
@@ -24,6 +24,7 @@ from co3d_ensemble.ablation.rows import ROWS, SWITCHES, rows_named
 from co3d_ensemble.ablation.run import ablate, generate_missing
 from co3d_ensemble.ablation.settings import PRESETS, AblationConfig, preset_defaults
 from co3d_ensemble.assembly import compose_experiment, load_scene, make_task
+from co3d_ensemble.base.quoting import for_device, override
 from co3d_ensemble.pipeline import checkpoint_stamp, train_sequence
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.stepper import Stepper
@@ -245,7 +246,7 @@ def test_a_cells_overrides_compose_to_its_configuration(tmp_path):
 
 @pytest.mark.parametrize("value", ["a,b", "it's", "x=[1]", "back\\slash", "\\' \\\\'", "end\\\\", "", "null", "a b"])
 def test_quoted_values_come_through_hydra_unchanged(value):
-    assert compose_experiment([f"dataset_root={quoted(value)}"]).dataset_root == value
+    assert compose_experiment([override("dataset_root", value)]).dataset_root == value
 
 
 def test_the_best_row_is_compared_where_all_candidates_are_finished():
@@ -338,14 +339,15 @@ def test_fusing_waits_for_a_seed_to_be_trained_and_takes_the_nerf_that_validates
 
 
 def test_the_command_of_a_fused_cell_fuses_its_runs_and_both_methods_are_read_from_it(root, tmp_path):
-    plan = plan_of(tmp_path, rows=["nerf_entropy", "tensorf"])
+    strange = tmp_path / "it's, a = [strange] #1 ${folder} {device}\\"
+    plan = plan_of(tmp_path, rows=["nerf_entropy", "tensorf"], output_dir=str(strange))
     for cell in plan.cells:
         assert train_sequence(cell.config).exit_status == 0
     best = FusedCell(tuple(plan.cells), "auto")
-    command = [argument.replace("{device}", "cpu") for argument in best.command()]
+    command = for_device(best.command(), "cpu")
     assert command[1:3] == ["-m", "co3d_ensemble.ablation.fused"]
     assert not best.is_finished() and fused_main(command[3:]) == 0 and best.is_finished()
-    results = json.loads((tmp_path / "out" / "mug" / DEV / "ensemble_nerf_entropy_tensorf_seed0" / "results.json").read_text())
+    results = json.loads((strange / "mug" / DEV / "ensemble_nerf_entropy_tensorf_seed0" / "results.json").read_text())
     assert set(results["members"]) == {"nerf_entropy_seed0", "tensorf_seed0"}
     assert read_fused(best).metrics == results["metrics"]
     assert read_fused(FusedCell(tuple(plan.cells), "mean")).metrics == results["methods"]["mean"]

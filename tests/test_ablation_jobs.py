@@ -11,6 +11,7 @@ import time
 import pytest
 
 from co3d_ensemble.ablation.jobs import Job, run_jobs
+from co3d_ensemble.base.quoting import DEVICE
 
 
 def job(tmp_path, name, code):
@@ -18,11 +19,11 @@ def job(tmp_path, name, code):
 
 
 def shell(tmp_path, name, script):
-    return Job(name, ("/bin/sh", "-c", script), tmp_path / "logs" / f"{name}.log")
+    return Job(name, ("/bin/sh", "-c", script, DEVICE), tmp_path / "logs" / f"{name}.log")
 
 
 def test_jobs_start_in_order_and_no_more_at_once_than_there_are_devices(tmp_path):
-    script = "echo start {device} %(i)d >> %(all)s; sleep 0.2; echo end {device} %(i)d >> %(all)s"
+    script = "echo start ${0#device=} %(i)d >> %(all)s; sleep 0.2; echo end ${0#device=} %(i)d >> %(all)s"
     ended = []
     jobs = [shell(tmp_path, f"job{i}", script % {"all": tmp_path / "all", "i": i}) for i in range(5)]
     outcome = run_jobs(lambda failures: jobs, devices=["a", "b"], threads=1, ended=lambda job: ended.append(job.name))

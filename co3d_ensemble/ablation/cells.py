@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from co3d_ensemble.ablation.rows import ROWS, Row
 from co3d_ensemble.ablation.settings import AblationConfig
 from co3d_ensemble.assembly import compose_experiment
+from co3d_ensemble.base.quoting import override, with_escapes
 from co3d_ensemble.pipeline import run_directory
 from co3d_ensemble.scripts import first_line
 from co3d_ensemble.training.records import read_metrics
@@ -70,14 +70,14 @@ class Cell:
     @property
     def overrides(self) -> tuple[str, ...]:
         """All Hydra overrides of ``launch/train_sequence.py``."""
-        return (*self.recipe, *(f"{key}={quoted(value)}" for key, value in self.own.items()))
+        return (*self.recipe, *(override(key, value) for key, value in self.own.items()))
 
     @cached_property
     def config(self) -> DictConfig:
         """What they compose to."""
         config = self.composed.copy()
         for key, value in self.own.items():
-            OmegaConf.update(config, key, value)
+            OmegaConf.update(config, key, with_escapes(value))
         return config
 
     @property
@@ -208,13 +208,6 @@ def owners(configs: Mapping[str, Any]) -> dict[str, str]:
 
 def member_name(row: str, seed: int) -> str:
     return f"{row}_seed{seed}"
-
-
-def quoted(value: Any) -> str:
-    """A value as Hydra's grammar takes it whatever characters it has: there a backslash counts only before a quote."""
-    if isinstance(value, (int, float)):
-        return str(value)
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), str(value)) + "'"
 
 
 def best_row(candidates: Sequence[str], validations: Mapping[tuple[str, str, int], float | None]) -> str | None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from co3d_ensemble.ablation.cells import Cell, CellResult
+from co3d_ensemble.base.quoting import DEVICE, override, with_escapes
 from co3d_ensemble.config import EnsembleConfig
 from co3d_ensemble.ensemble import fuse_sequence
 from co3d_ensemble.pipeline import checkpoint_stamp
@@ -61,7 +62,7 @@ class FusedCell:
         return made_from.get("members") == {cell.member: checkpoint_stamp(cell.run) for cell in self.cells}
 
     def command(self) -> tuple[str, ...]:
-        """Of a child process that fuses them; ``{device}`` is to be replaced."""
+        """Of a child process that fuses them; ``device={device}`` is to be replaced."""
         first = self.cells[0]
         settings = {
             "dataset_root": first.sequence.root,
@@ -70,9 +71,9 @@ class FusedCell:
             "output_dir": first.output_dir,
             "name": self.member,
         }
-        quoted = [f"{key}={json.dumps(str(value))}" for key, value in settings.items()]
-        members = [f"members.{cell.member}.experiment={cell.row}" for cell in self.cells]
-        return (sys.executable, "-m", "co3d_ensemble.ablation.fused", *quoted, *members, "device={device}")
+        place = [override(key, value) for key, value in settings.items()]
+        members = [override(f"members.{cell.member}.experiment", cell.row) for cell in self.cells]
+        return (sys.executable, "-m", "co3d_ensemble.ablation.fused", *place, *members, DEVICE)
 
 
 def read_fused(cell: FusedCell) -> CellResult:
@@ -85,7 +86,7 @@ def main(arguments: Sequence[str]) -> int:
     """Fuses; the arguments are those of ``EnsembleConfig``."""
 
     def fuse(settings: EnsembleConfig) -> int:
-        fuse_sequence(OmegaConf.structured(settings))
+        fuse_sequence(OmegaConf.create(with_escapes(asdict(settings))))
         return 0
 
     return run_with_settings(list(arguments), EnsembleConfig, __doc__ or "", fuse)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -11,18 +12,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from co3d_ensemble.training.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, StopSignals
+from co3d_ensemble.base.quoting import for_device
+from co3d_ensemble.base.signals import EXIT_STATUS, StopSignals
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
-STATUS = {"interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}
 LOG_TAIL_BYTES = 8192
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command whose output goes to a log. ``{device}`` in an argument is the device of the slot that it runs in."""
+    """A command whose output goes to a log. Its argument ``device={device}`` gets the device of the slot that it runs in."""
 
     name: str
     command: tuple[str, ...]
@@ -79,7 +80,7 @@ def run_jobs(
                     device = free.pop(0)
                     running[_start(job, device, variables)] = (job, device)
                 if not running:
-                    return Outcome(failures, STATUS.get(signals.reason, 0))
+                    return Outcome(failures, EXIT_STATUS.get(signals.reason, 0))
                 done = _wait(running, signals)
                 for process in done:
                     job, device = running.pop(process)
@@ -98,9 +99,9 @@ def run_jobs(
 
 def _start(job: Job, device: str, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    command = [argument.replace("{device}", device) for argument in job.command]
+    command = for_device(job.command, device)
     with open(job.log, "ab") as log:
-        log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {subprocess.list2cmdline(command)}\n".encode())
+        log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {shlex.join(command)}\n".encode())
         log.flush()
         logger.info("starting %s", job.name)
         return subprocess.Popen(

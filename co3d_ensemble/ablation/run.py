@@ -20,6 +20,7 @@ from co3d_ensemble.ablation.results import Results, no_difference
 from co3d_ensemble.ablation.rows import rows_named
 from co3d_ensemble.ablation.settings import AblationConfig
 from co3d_ensemble.assembly import CONFIG_DIR
+from co3d_ensemble.base.quoting import DEVICE
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.training.lock import FolderLock
@@ -111,7 +112,7 @@ class _Ablation:
 
     def _training_job(self, cell: Cell) -> Job:
         script = str(REPOSITORY / "launch" / "train_sequence.py")
-        return self._job(cell.name, (sys.executable, script, *cell.overrides, "device={device}"))
+        return self._job(cell.name, (sys.executable, script, *cell.overrides, DEVICE))
 
     def _job(self, name: str, command: tuple[str, ...]) -> Job:
         return Job(name, command, self.output / "logs" / f"{name.replace('/', '_')}.log")

@@ -21,14 +21,14 @@ PRESETS = CONFIG_DIR / "ablation"
 @dataclass
 class AblationConfig:
     preset: str = setting("ablation_laptop", "file of configs/ablation: recipes, rows and generated sequences")
-    dataset_root: str | None = setting(None, "CO3Dv2 root of `sequences`")
+    dataset_root: str | None = setting(None, "CO3Dv2 root of `sequences`", literal=True)
     sequences: list[str] = setting([], "'<category>/<subset_name>' in dataset_root")
     generated: list[str] = setting([], "names in generated_sequences; written to <output_dir>/generated")
     generated_sequences: dict[str, dict[str, Any]] = setting({}, "settings of generated sequences by category, see SyntheticConfig")
     seeds: list[int] = setting([0, 1], "of weights, rays and noise; one run each")
     rows: list[str] = setting([], "rows of the table; empty: all of co3d_ensemble/ablation/rows.py but the optional ones")
     budget: float | None = setting(None, "minutes of training per cell; null: the steps of the preset, the same for every machine")
-    output_dir: str = setting("outputs/ablation", "runs, logs, tables and plots")
+    output_dir: str = setting("outputs/ablation", "runs, logs, tables and plots", literal=True)
     jobs: int = setting(1, "cells that run at once")
     threads: int | None = setting(None, "CPU threads per cell; null: the machine's cores shared among the jobs")
     devices: list[str] = setting(["auto"], "devices that the jobs take in turn, e.g. [cuda:0,cuda:1]")

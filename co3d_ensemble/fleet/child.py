@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
     """Starts a command in a session of its own, so that signals reach it through its worker alone."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as file:
-        file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {subprocess.list2cmdline(command)}\n".encode())
+        file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {shlex.join(command)}\n".encode())
         file.flush()
         whole = [sys.executable, "-I", "-S", bound.__file__, str(os.getpid()), *command]
         return subprocess.Popen(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from co3d_ensemble.base.quoting import for_device
 from co3d_ensemble.data.co3d import SUBSET_LIST_FILE
 from co3d_ensemble.fleet import child
 from co3d_ensemble.fleet.jobrun import Terms
@@ -43,7 +44,7 @@ def terms_of(settings: FleetConfig) -> Terms:
     environment = job_environment(settings)
 
     def start(job: Job, log: Path) -> child.Process:
-        return child.start([argument.replace("{device}", device) for argument in job.command], log, environment)
+        return child.start(for_device(job.command, device), log, environment)
 
     return Terms(
         output_dir=Path(settings.output_dir),

@@ -15,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from co3d_ensemble.base.quoting import with_escapes
 from co3d_ensemble.ensemble import fuse_sequence
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.fleet.disk import FAILURES_FILE, FleetState, JobFolder, fleet_folder, read_json
@@ -79,7 +80,7 @@ def fuse_all(settings: FleetConfig, plan: Plan, subsets: Sequence[tuple[str, str
     fused = []
     for number, (category, subset) in enumerate(subsets, start=1):
         place = {"dataset_root": settings.dataset_root, "output_dir": settings.output_dir, "device": settings.device}
-        config = OmegaConf.merge(plan.models.ensemble, {**place, "category": category, "subset_name": subset})
+        config = OmegaConf.merge(plan.models.ensemble, with_escapes({**place, "category": category, "subset_name": subset}))
         logger.info("fusing %s/%s (%d of %d)", category, subset, number, len(subsets))
         try:
             fuse_sequence(config)

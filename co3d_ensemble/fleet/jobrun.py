@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from co3d_ensemble.base.signals import STOPPED_STATUS
 from co3d_ensemble.files import remove_temporaries, write_json_atomic
 from co3d_ensemble.fleet import attempts
 from co3d_ensemble.fleet.child import Process
 from co3d_ensemble.fleet.disk import JobFolder, last_error, read_json, stamp_of
 from co3d_ensemble.fleet.jobs import Job
 from co3d_ensemble.training.lock import FolderLock, RunDirectoryBusy
-from co3d_ensemble.training.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class JobRun:
             self._record_end(attempts.DONE)
             self._done()
             return
-        if status in (EXIT_INTERRUPTED, EXIT_PREEMPTED):  # told to stop by somebody else; it has its checkpoint
+        if status in STOPPED_STATUS:  # told to stop by somebody else; it has its checkpoint
             self._record_end(attempts.STOPPED)
         else:
             error = last_error(status, self.folder.log_tail(self._log_start))

@@ -16,7 +16,7 @@ class Job:
 
     Attributes:
         name: ``<category>/<subset_name>/<model>``: its run's folder below the output folder, and its own below ``fleet/jobs``.
-        command: of the child; ``{device}`` in an argument is the device that it runs on.
+        command: of the child; its argument ``device={device}`` gets the device that it runs on.
         recipe: digest of all settings that can change the result; what was done by another recipe is not done.
         expected_seconds: from earlier results, None where there are none.
         work: comparable among the jobs of a fleet, for their order; any unit.

@@ -11,6 +11,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from co3d_ensemble.assembly import CONFIG_DIR, compose_experiment
+from co3d_ensemble.base.quoting import DEVICE, override
 from co3d_ensemble.composition import compose_ensemble, is_ensemble, member_overrides
 from co3d_ensemble.data.co3d import CO3DIndex
 from co3d_ensemble.fleet.disk import JobFolder, read_json
@@ -121,16 +122,11 @@ def command_of(settings: FleetConfig, overrides: Sequence[str], category: str, s
         sys.executable,
         str(TRAIN),
         *overrides,
-        *(f"{key}={quoted(value)}" for key, value in place.items()),
-        "device={device}",
+        *(override(key, value) for key, value in place.items()),
+        DEVICE,
         "training.progress=false",
         "rendering.all_targets=true",  # or the last step would render everything on one device
     )
-
-
-def quoted(value: Any) -> str:
-    """A value that Hydra's grammar takes for text, whatever is in it."""
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def measured_seconds(output_dir: Path | str, names: Sequence[str]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from co3d_ensemble.assembly import compose_experiment, load_scene, make_task
+from co3d_ensemble.base.quoting import override
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.fleet.disk import read_json
 from co3d_ensemble.fleet.environment import device_of
@@ -53,7 +54,8 @@ def probe_models(settings: FleetConfig, plan: Plan, category: str, subset: str, 
     """Cost by model, or why there is none: the last line of what the probe said."""
     found: dict[str, Cost | str] = {}
     for model, overrides in plan.models.overrides.items():
-        place = [f"dataset_root='{Path(settings.dataset_root).absolute()}'", f"category='{category}'", f"subset_name='{subset}'"]
+        where = {"dataset_root": Path(settings.dataset_root).absolute(), "category": category, "subset_name": subset}
+        place = [override(key, value) for key, value in where.items()]
         with TemporaryDirectory() as folder:
             result = Path(folder) / "cost.json"
             command = [sys.executable, "-m", "co3d_ensemble.fleet.probe", str(result), str(settings.probe_seconds), *overrides, *place]

@@ -13,6 +13,8 @@ from typing import Any
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from co3d_ensemble.base.quoting import DEVICE
+from co3d_ensemble.base.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, StopSignals
 from co3d_ensemble.files import remove_temporaries, write_json_atomic
 from co3d_ensemble.fleet.attempts import new_record
 from co3d_ensemble.fleet.claims import STORE_ERRORS, Reception, Round, RoundError, ask_for_round, connect, connect_again
@@ -25,7 +27,6 @@ from co3d_ensemble.fleet.settings import FleetConfig
 from co3d_ensemble.fleet.worker import run_alone, work
 from co3d_ensemble.scripts import WRONG_ARGUMENTS, first_line
 from co3d_ensemble.training.lock import RunDirectoryBusy
-from co3d_ensemble.training.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def finish(jobs: Sequence[Job], terms: Terms, settings: FleetConfig, arguments: 
         folder = JobFolder(settings.output_dir, job.name)
         made_from.append([job.name, read_json(folder.done), folder.failed.exists()])
     given = [argument for argument in arguments if not argument.startswith(("device=", "finish_only="))]
-    command = (sys.executable, "-m", "co3d_ensemble.fleet.finish", *given, "device={device}")
+    command = (sys.executable, "-m", "co3d_ensemble.fleet.finish", *given, DEVICE)
     folder = JobFolder(settings.output_dir, FINISH)
     if settings.finish_only or read_json(fleet_folder(settings.output_dir) / FAILURES_FILE):
         folder.done.unlink(missing_ok=True)

@@ -15,8 +15,10 @@ AUDITS = ("headers", "full")
 
 @dataclass
 class FleetConfig:
-    dataset_root: str = setting(MISSING, "CO3Dv2 root folder")
-    output_dir: str = setting("outputs", "runs go to <output_dir>/<category>/<subset_name>/<model>, logs to <output_dir>/fleet")
+    dataset_root: str = setting(MISSING, "CO3Dv2 root folder", literal=True)
+    output_dir: str = setting(
+        "outputs", "runs go to <output_dir>/<category>/<subset_name>/<model>, logs to <output_dir>/fleet", literal=True
+    )
     sequence_set: list[str] = setting(["dev"], "dev, test or both: [dev,test]")
     experiment: str = setting("ensemble", "file of configs/experiment; of an ensemble every member is a model")
     categories: list[str] = setting([], "only these; empty: all of category_to_subset_name_list.json")

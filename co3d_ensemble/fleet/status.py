@@ -25,7 +25,7 @@ STYLES = {"running": "cyan", "waiting": "dim", "interrupted": "yellow", "done": 
 
 @dataclass
 class StatusConfig:
-    output_dir: str = setting("outputs", "the fleet's output folder")
+    output_dir: str = setting("outputs", "the fleet's output folder", literal=True)
     watch: bool = setting(False, "show the table again and again (or --watch)")
     json: bool = setting(False, "machine-readable (or --json)")
     every: float = setting(2.0, "seconds between two looks of --watch")

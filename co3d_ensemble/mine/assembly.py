@@ -15,9 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from co3d_ensemble.base.paths import plain_part
+from co3d_ensemble.base.quoting import literal, override
 from co3d_ensemble.fields.mpi_network import MPINetwork
 from co3d_ensemble.fields.mpi_reference_weights import load_reference
 from co3d_ensemble.mine.config import MINEConfig, validate
+from co3d_ensemble.settings import literal_settings
 from co3d_ensemble.training.checkpoint import Checkpoints, read_checkpoint
 from co3d_ensemble.training.run_directory import RunDirectory
 
@@ -45,9 +47,9 @@ def compose_mine(overrides: Sequence[str], config_dir: Path = CONFIG_DIR) -> Dic
     Raises:
         hydra.errors.HydraException, ValueError: an unknown key or experiment, a wrong type or value; the message names it.
     """
-    named = [f"mine={override.partition('=')[2]}" if override.startswith("experiment=") else override for override in overrides]
+    named = [f"mine={given.partition('=')[2]}" if given.startswith("experiment=") else given for given in overrides]
     with initialize_config_dir(str(config_dir), version_base="1.3"):
-        config = compose("train_mine", named)
+        config = compose("train_mine", literal(named, literal_settings(MINEConfig)))
     # Hydra's "+key=value" adds what the schema lacks: refused here like any other unknown key
     OmegaConf.merge(OmegaConf.structured(MINEConfig), OmegaConf.to_container(config))
     validate(config)
@@ -177,7 +179,7 @@ def reference_overrides(path: Path) -> list[str]:
     given = {ours: found[theirs] for theirs, ours in REFERENCE_KEYS.items() if theirs in found}
     if "mpi.use_alpha" in found:
         given["model.mode"] = "alpha" if found["mpi.use_alpha"] else "sigma"
-    return [f"experiment={REFERENCE_PRESETS[name]}", *(f"{key}={value}" for key, value in given.items())]
+    return [f"experiment={REFERENCE_PRESETS[name]}", *(override(key, value) for key, value in given.items())]
 
 
 def _weights(saved: dict[str, Any]) -> dict[str, Any]:

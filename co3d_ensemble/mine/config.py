@@ -37,7 +37,7 @@ class MINEDataConfig:
     """Which pairs. What only one kind of data takes stands under ``options``, by the names of that data set's arguments."""
 
     kind: str = setting("generated", " | ".join(DATA_KINDS))
-    root: str | None = setting(None, "folder of the data set; generated scenes need none")
+    root: str | None = setting(None, "folder of the data set; generated scenes need none", literal=True)
     height: int = setting(256, "rows of all pictures, pixels")
     width: int = setting(384, "columns of all pictures, pixels")
     n_points: int = setting(256, "sparse points per picture, where the data have any")
@@ -51,8 +51,8 @@ class MINEDataConfig:
 @dataclass
 class MINEModelConfig:
     encoder: str = setting("resnet50", " | ".join(ENCODERS))
-    weights: str | None = setting(None, "file with torchvision's weights of the encoder | hub: torch hub's | null: random")
-    reference_weights: str | None = setting(None, "checkpoint file of MINE's authors that training starts from; null: none")
+    weights: str | None = setting(None, "file with torchvision's weights of the encoder | hub: torch hub's | null: random", literal=True)
+    reference_weights: str | None = setting(None, "checkpoint file of MINE's authors that training starts from; null: none", literal=True)
     encoding: str = setting("reference", "reference: disparity and sin/cos(2^k d) | slides: sin/cos(2^k pi d)")
     n_harmonics: int = setting(10, "octaves of the encoding of the disparity")
     mode: str = setting("sigma", "sigma: density | alpha: opacity per plane")
@@ -117,8 +117,8 @@ class MINEEvaluationConfig:
 class MINEConfig:
     """One run of MINE."""
 
-    output_dir: str = setting("outputs", "runs go to <output_dir>/mine/<name>")
-    name: str = setting("mine", "name of the run's folder")
+    output_dir: str = setting("outputs", "runs go to <output_dir>/mine/<name>", literal=True)
+    name: str = setting("mine", "name of the run's folder", literal=True)
     device: str = setting("auto", "auto | cpu | cuda | cuda:N; under torchrun each process takes the GPU of its local rank")
     data: MINEDataConfig = setting(MINEDataConfig, "pairs of pictures")
     model: MINEModelConfig = setting(MINEModelConfig, "network and planes")

@@ -45,17 +45,17 @@ _TRANSLATIONS = {
 @dataclass
 class EvaluateConfig:
     checkpoint: str = setting(
-        MISSING, "run directory of launch/train_mine.py, one of its checkpoints/*.pt, or a checkpoint file of MINE's authors"
+        MISSING, "run directory of launch/train_mine.py, one of its checkpoints/*.pt, or a checkpoint file of MINE's authors", literal=True
     )
     preset: str | None = setting(None, "file of configs/mine that the authors' checkpoint goes with; null: its params.yaml beside it tells")
     dataset: str | None = setting(None, " | ".join(TEST_SETS) + "; null: the one that it was trained on")
-    root: str | None = setting(None, "folder of the data set; null: the training's, where that is the data set")
+    root: str | None = setting(None, "folder of the data set; null: the training's, where that is the data set", literal=True)
     options: dict[str, Any] = setting({}, "arguments of the data set, over the training's")
     planes: list[int] | None = setting(None, "numbers of planes, a row of the table each; null: as in the run's validations")
     fine_planes: int | None = setting(None, "planes added to them where a first pass finds surfaces (coarse to fine); null: as in training")
     sampling: str = setting("fixed", "fixed: centres of the intervals | stratified: drawn, as the reference does")
     seed: int = setting(0, "of everything drawn: pairs, points, stratified planes")
-    pair_list: str | None = setting(None, "RealEstate10K: file with the published test pairs; null: drawn from the clips")
+    pair_list: str | None = setting(None, "RealEstate10K: file with the published test pairs; null: drawn from the clips", literal=True)
     pairs_per_clip: int = setting(PAIRS_PER_CLIP, "RealEstate10K: sources per clip where pairs are drawn")
     max_pictures: int | None = setting(None, "source pictures, evenly spread; null: all")
     border: float | None = setting(None, "share of each side cut off before views are scored; null: the protocol's (KITTI 0.05, else 0)")
@@ -65,9 +65,11 @@ class EvaluateConfig:
     depth_alignment: str | None = setting(None, "none | median | scale, of predicted depth; null: the protocol's")
     max_depth: float | None = setting(None, "largest true depth that counts, the data's unit; null: the protocol's")
     lpips: str | None = setting("vgg", "vgg | alex: backbone of LPIPS; null: off")
-    lpips_weights: str | None = setting(None, "file with torchvision's weights of the backbone; null: torch hub's cache")
+    lpips_weights: str | None = setting(None, "file with torchvision's weights of the backbone; null: torch hub's cache", literal=True)
     plane_chunk: int | None = setting(None, "planes decoded and warped at once, to fit a small card; null: all")
-    output_dir: str | None = setting(None, "folder of results.json; null: <run, or folder of the authors' file>/evaluation/<dataset>")
+    output_dir: str | None = setting(
+        None, "folder of results.json; null: <run, or folder of the authors' file>/evaluation/<dataset>", literal=True
+    )
     restart: bool = setting(False, "discard the results that are there")
     device: str = setting("auto", "auto | cpu | cuda | cuda:N")
 

@@ -44,12 +44,12 @@ LARGEST_AMPLITUDE = 0.25  # of the width: far beyond what one picture can show
 
 @dataclass
 class RenderConfig:
-    image: str = setting(MISSING, "the photograph: any size, EXIF orientation, transparency")
+    image: str = setting(MISSING, "the photograph: any size, EXIF orientation, transparency", literal=True)
     checkpoint: str = setting(
-        MISSING, "run directory of launch/train_mine.py, one of its checkpoints/*.pt, or a checkpoint file of MINE's authors"
+        MISSING, "run directory of launch/train_mine.py, one of its checkpoints/*.pt, or a checkpoint file of MINE's authors", literal=True
     )
     preset: str | None = setting(None, "file of configs/mine that the authors' checkpoint goes with; null: its params.yaml beside it tells")
-    output_dir: str = setting("outputs/renders", "files go to <output_dir>/<name of the photograph>")
+    output_dir: str = setting("outputs/renders", "files go to <output_dir>/<name of the photograph>", literal=True)
     fov: float | None = setting(None, "horizontal field of view of the photograph, degrees; null: EXIF's, or 60")
     fit: str = setting("whole", "whole: all of the photograph, its aspect kept | crop: its centre | stretch: as the reference does")
     background: float = setting(1.0, "grey value, 0 to 1, behind transparent pixels")

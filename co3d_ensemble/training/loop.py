@@ -19,25 +19,24 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from co3d_ensemble.base.signals import EXIT_STATUS, REASONS, Stopped, StopSignals
 from co3d_ensemble.functional.schedules import due
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.processes import ALONE, Processes
 from co3d_ensemble.training.records import NoRecords, Records
 from co3d_ensemble.training.run_directory import ConfigMismatch, RunDirectory
-from co3d_ensemble.training.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED, REASONS, StopSignals
 from co3d_ensemble.training.stepper import Stepper, seed_default_generators
 from co3d_ensemble.training.task import Task
 
 logger = logging.getLogger(__name__)
 
 CRITERION = "psnr_masked"  # the validation metric that picks the best checkpoint and stops early, unless the task names one
-_EXIT_STATUS = {"interrupted": EXIT_INTERRUPTED, "preempted": EXIT_PREEMPTED}
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,8 @@ class TrainingResult:
         seconds: wall-clock time of the loop, over all resumes.
         best_metric, best_step: the criterion of ``best.pt``, psnr_masked in dB unless the task names another (None: never a
             number), and the updates it had.
-        stopped: ``max_steps``, ``early_stopping``, ``interrupted`` (Ctrl-C) or ``preempted`` (SIGTERM).
+        stopped: ``max_steps``, ``early_stopping``, ``interrupted`` (Ctrl-C) or ``preempted`` (SIGTERM); a signal counts also where
+            it came with the last step or after it.
     """
 
     steps: int
@@ -61,7 +61,7 @@ class TrainingResult:
     @property
     def exit_status(self) -> int:
         """0 for a finished run, else ``EXIT_INTERRUPTED`` or ``EXIT_PREEMPTED``."""
-        return _EXIT_STATUS.get(self.stopped, 0)
+        return EXIT_STATUS.get(self.stopped, 0)
 
 
 @dataclass
@@ -104,6 +104,7 @@ def train(task: Task, config: Any, run: RunDirectory | None, device: torch.devic
             loop.resume(saved)
         with loop.records() as records:
             reason = loop.run(records, signals)
+    reason = signals.reason or reason  # it came while the last checkpoint was written: what follows is not for this process
     clock = loop.clock
     best = clock.best_metric if math.isfinite(clock.best_metric) else None
     shown = (reason, clock.step, clock.seconds, loop.criterion, best, clock.best_step)
@@ -170,8 +171,9 @@ class _Loop:
         reason, _ = self._agreed(signals)
         while not self.clock.stopped and not reason:
             if self._validation_due():
-                self._validate(records)
-                self._decide()
+                with suppress(Stopped):  # by a signal: the run that goes on validates
+                    self._validate(records, signals)
+                    self._decide()
                 self._open_window()
             else:
                 self.stepper.run(self.clock.step)
@@ -186,7 +188,7 @@ class _Loop:
             self._save_best(math.nan)
         if not finished_before:
             self._save_last()
-        return self.clock.stopped or reason
+        return reason or self.clock.stopped
 
     def _agreed(self, signals: StopSignals) -> tuple[str, bool]:
         """Why to stop before the next step, in all processes at the same one, or nothing; and whether a checkpoint is due, by
@@ -200,7 +202,7 @@ class _Loop:
         step, max_steps = self.clock.step, self.config.max_steps
         return step > self.clock.validated_step and (step == max_steps or due(step, self.config.validate_every, max_steps))
 
-    def _validate(self, records: Records | NoRecords) -> None:
+    def _validate(self, records: Records | NoRecords, signals: StopSignals) -> None:
         self.stepper.check()
         start, clock, model = time.perf_counter(), self.clock, self.task.model
         self.processes.copy_first(model.buffers())  # statistics of batches, for one, are each process's own
@@ -208,7 +210,7 @@ class _Loop:
         with self._evaluated_weights():
             model.eval()
             try:
-                with torch.no_grad():
+                with torch.no_grad(), signals.at_once(self.processes.size == 1):  # of several, the others would wait
                     own = {name: float(value) for name, value in self.task.validate().items()}
             finally:
                 model.train()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from co3d_ensemble.base.quoting import with_escapes
 from co3d_ensemble.config import FREE_KEYS
 from co3d_ensemble.files import remove_temporaries, write_json_atomic, write_text_atomic
 from co3d_ensemble.training.environment import describe_environment
@@ -209,4 +210,4 @@ def flattened(config: Any) -> dict[str, Any]:
 def _resolved(config: Any) -> DictConfig:
     """A plain copy, interpolations replaced, as it reads back from YAML (tuples become lists)."""
     container = OmegaConf.to_container(OmegaConf.create(config), resolve=True, throw_on_missing=True)
-    return OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(container)))
+    return OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(with_escapes(container))))

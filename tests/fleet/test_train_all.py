@@ -48,8 +48,8 @@ def run(*arguments):
 
 @pytest.mark.slow
 def test_one_command_trains_fuses_scores_and_exports_and_reports_a_broken_sequence(root, tmp_path, capsys):
-    output = tmp_path / "out"
-    arguments = [f"dataset_root={broken(root, tmp_path / 'broken')}", f"output_dir={output}", "sequence_set=[dev,test]"]
+    output = tmp_path / "lien vers données, essai=2 (1)" / "[v2] #1 it's ${x} {device}\\"
+    arguments = [f"dataset_root={broken(root, tmp_path / 'mes données [1] #2')}", f"output_dir={output}", "sequence_set=[dev,test]"]
     arguments += ["experiment=ensemble_laptop", "models=[tensorf]", "max_attempts=1", "threads=1", *SMALL]
     done = run(*arguments)
     assert done.returncode == 3, done.stderr

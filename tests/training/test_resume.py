@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from co3d_ensemble.base.signals import StopSignals
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.records import read_metrics
 from co3d_ensemble.training.run_directory import ConfigMismatch, RunDirectory
-from co3d_ensemble.training.signals import StopSignals
 from tests.training import toy_task
 from tests.training.toy_task import ToyTask, run_toy
 
@@ -110,6 +110,54 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, whole, number, stopped, 
     assert signal.getsignal(number) is before
     assert Checkpoints(tmp_path / "checkpoints").load_last()["clock"]["step"] == step + 1
     run_toy(tmp_path)
+    assert_same_runs(tmp_path, whole)
+
+
+def validating_at(step, number):
+    """A task that gets a signal in the middle of its validation at ``step``."""
+
+    class Validating(ToyTask):
+        def batch(self, step):
+            self.steps = step + 1
+            return super().batch(step)
+
+        def validate(self):
+            if self.steps == step:
+                signal.raise_signal(number)
+                raise AssertionError("the validation went on")
+            return super().validate()
+
+    return Validating
+
+
+@pytest.mark.parametrize(("number", "stopped"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "preempted")])
+@pytest.mark.parametrize("step", [10, 40])
+def test_a_signal_ends_a_validation_at_once_the_last_one_too_and_it_is_made_up_for(tmp_path, whole, number, stopped, step):
+    result, _ = run_toy(tmp_path, make_task=validating_at(step, number))
+    assert (result.stopped, result.steps) == (stopped, step) and result.exit_status == {"interrupted": 130, "preempted": 143}[stopped]
+    clock = Checkpoints(tmp_path / "checkpoints").load_last()["clock"]
+    assert clock["step"] == step and clock["validated_step"] < step and not clock["stopped"]
+    assert run_toy(tmp_path)[0].exit_status == 0
+    assert_same_runs(tmp_path, whole)
+
+
+@pytest.mark.parametrize("name", ["save_best", "save_last"])
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path, whole, monkeypatch, name):
+    """While the best, or the last, checkpoint is written, when nothing is left to be trained."""
+    save, at_the_end = getattr(Checkpoints, name), []
+
+    def saving(self, state):
+        save(self, state)
+        if state.get("step", state.get("clock", {}).get("step")) == 40:
+            at_the_end.append(state)
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, name, saving)
+    result, _ = run_toy(tmp_path)
+    assert (result.stopped, result.exit_status) == ("preempted", 143) and at_the_end
+    monkeypatch.undo()
+    finished, task = run_toy(tmp_path)
+    assert finished.exit_status == 0 and task.validations == 0
     assert_same_runs(tmp_path, whole)
 
 
