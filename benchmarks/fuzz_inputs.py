@@ -23,7 +23,11 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.fuzzing import Case, Target, fuzz, summary, table  # noqa: E402
 from co3d_ensemble.scripts import run_script  # noqa: E402
 
-TARGETS = {"annotations": ("fuzz_annotations", "Annotations")}  # what is imported when it is asked for: module and class
+TARGETS = {  # what is imported when it is asked for: module and class
+    "annotations": ("fuzz_annotations", "Annotations"),
+    "archives": ("fuzz_archives", "Archives"),
+    "checkpoints": ("fuzz_checkpoints", "Checkpoints"),
+}
 TELL_EVERY_SECONDS = 10.0
 SHOWN_FAULTS = 20
 

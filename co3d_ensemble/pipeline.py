@@ -18,6 +18,7 @@ from co3d_ensemble.base.paths import plain_part
 from co3d_ensemble.challenge.lpips import load_lpips, lpips_masked
 from co3d_ensemble.data.audit import camera_faults
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
+from co3d_ensemble.fields.weights_file import restoring
 from co3d_ensemble.files import remove_temporaries, write_json_atomic
 from co3d_ensemble.functional.types import Frame, PinholeCamera, RenderedView
 from co3d_ensemble.plugin.implicitron_model import ImplicitronModel
@@ -90,9 +91,11 @@ def _finished(run: RunDirectory) -> TrainingResult | None:
 def load_trained(run: RunDirectory, device: torch.device) -> tuple[ObjectModel | ImplicitronModel, DictConfig]:
     """The best checkpoint's model (EMA weights in place) without reading the data set again."""
     config = run.config
-    saved = Checkpoints(run.checkpoints).load_best("cpu")
-    model = model_of_state(config, saved["model"])
-    model.load_state_dict(saved["model"])
+    checkpoints = Checkpoints(run.checkpoints)
+    saved = checkpoints.load_best("cpu")
+    with restoring(checkpoints.best):
+        model = model_of_state(config, saved["model"])
+        model.load_state_dict(saved["model"])
     return model.to(device).eval(), config
 
 

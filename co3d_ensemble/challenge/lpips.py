@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from co3d_ensemble.fields.torchvision_import import import_torchvision
-from co3d_ensemble.fields.weights_file import read_weights
+from co3d_ensemble.fields.weights_file import read_weights, restoring
 
 BACKBONES = {"alex": "alexnet", "vgg": "vgg16"}
 FOREGROUND = 0.5
@@ -60,7 +60,8 @@ def load_lpips(
         warnings.filterwarnings("ignore", category=UserWarning, module=r"torchvision\.models")  # lpips' way to ask for no weights
         network = lpips.LPIPS(net=backbone, pnet_rand=True, verbose=False)
     features = read_weights(path, str(path))
-    network.net.load_state_dict(_by_slice(features, network.net.state_dict(), path))
+    with restoring(path, f"file of torchvision's weights of {BACKBONES[backbone]}"):
+        network.net.load_state_dict(_by_slice(features, network.net.state_dict()))
     return network.eval().requires_grad_(False).to(device), None
 
 
@@ -76,12 +77,12 @@ def _find_weights(backbone: str, weights_path: Path | str | None) -> tuple[Path 
     return (found[-1], None) if found else (None, f"no {pattern} in {folder}, and nothing is downloaded")
 
 
-def _by_slice(features: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def _by_slice(features: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """torchvision's ``features.<layer>.*`` under lpips' names ``slice<n>.<layer>.*``."""
     renamed = {}
     for name in expected:
         source = "features." + name.split(".", 1)[1]
         if source not in features:
-            raise ValueError(f"{path}: lacks {source!r}, so it is not what lpips needs")
+            raise KeyError(source)
         renamed[name] = features[source]
     return renamed

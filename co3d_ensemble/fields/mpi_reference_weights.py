@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from co3d_ensemble.fields.weights_file import read_weights
+from co3d_ensemble.fields.weights_file import read_weights, restoring
 
 _BOTTLENECK = {"conv_down1": "down1", "conv_down2": "down2", "conv_up1": "up1", "conv_up2": "up2"}
 
@@ -55,10 +55,8 @@ def load_reference(network: nn.Module, path: Path | str) -> None:
         ValueError: naming the file: there is none, it is not theirs, or its network is another one.
     """
     saved = read_weights(path, str(path))
-    try:
+    with restoring(path, "checkpoint of the network that these settings describe"):
         network.load_state_dict(from_reference(saved if isinstance(saved, Mapping) else {}))
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: is another network's than these settings': {str(error)[:300]}") from error
 
 
 def _decoder_names() -> dict[str, str]:

@@ -100,6 +100,6 @@ def read_state_dict(path: Path | str, key: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise ValueError(f"{key}={path}: there is no such file; null gives random weights")
     found = read_weights(path, f"{key}={path}")
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
         raise ValueError(f"{key}={path}: holds no state dict")
     return found

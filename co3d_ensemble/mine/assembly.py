@@ -18,6 +18,7 @@ from co3d_ensemble.base.paths import plain_part
 from co3d_ensemble.base.quoting import literal, override
 from co3d_ensemble.fields.mpi_network import MPINetwork
 from co3d_ensemble.fields.mpi_reference_weights import load_reference
+from co3d_ensemble.fields.weights_file import restoring
 from co3d_ensemble.mine.config import MINEConfig, validate
 from co3d_ensemble.settings import literal_settings
 from co3d_ensemble.training.checkpoint import Checkpoints, read_checkpoint
@@ -96,7 +97,8 @@ def load_trained_mine(path: Path | str, device: torch.device | str = "cpu", pres
             checkpoint has them.
 
     Raises:
-        ValueError: neither a run of MINE nor a checkpoint in one nor the authors'; CheckpointDamaged (also a ValueError).
+        ValueError: neither a run of MINE nor a checkpoint in one nor the authors'; CheckpointDamaged and NotACheckpoint (also
+            ValueErrors).
         FileNotFoundError: a run that has no best checkpoint yet.
     """
     path = Path(path)
@@ -104,7 +106,10 @@ def load_trained_mine(path: Path | str, device: torch.device | str = "cpu", pres
     network = build_network(config.model, load_weights=False)
     run = RunDirectory(run_of(path))
     if run.config_path.is_file():
-        network.load_state_dict(_weights(read_checkpoint(Checkpoints(run.checkpoints).best if path.is_dir() else path, "cpu")))
+        file = Checkpoints(run.checkpoints).best if path.is_dir() else path
+        saved = read_checkpoint(file, "cpu")
+        with restoring(file):
+            network.load_state_dict(_weights(saved))
     else:
         load_reference(network, path)
     return network.to(device).eval(), config

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from co3d_ensemble.fields.mpi_network import ImageFeatures, MPINetwork
 from co3d_ensemble.fields.mpi_reference_weights import is_reference, load_reference
-from co3d_ensemble.fields.weights_file import read_weights
+from co3d_ensemble.fields.weights_file import read_weights, restoring
 from co3d_ensemble.functional.cameras import opencv_from_pinhole
 from co3d_ensemble.functional.mpi import blend_source, mean_plane_weights, render_source_view
 from co3d_ensemble.functional.mpi_sampling import fine_disparities, fixed_disparities, stratified_disparities
@@ -91,7 +91,5 @@ def load_network(network: MPINetwork, path: Path | str, settings: Mapping[str, A
     state = saved.get("model") if isinstance(saved, dict) else None
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint={path}: is not a best.pt of MINE: it has no state dict under 'model'")
-    try:
+    with restoring(f"checkpoint={path}", "checkpoint of the network that these settings describe"):
         network.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint={path}: is another network's than these settings': {str(error)[:300]}") from error

@@ -11,11 +11,13 @@ import hashlib
 import io
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from co3d_ensemble.fields.weights_file import NotACheckpoint, restoring
 from co3d_ensemble.files import remove_temporaries, sync_folder, written_atomically
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ _LENGTH_BYTES = 2  # a ZIP ends with the length of its comment, then the comment
 _DIGEST_BYTES = 64
 _TRAILER_BYTES = _LENGTH_BYTES + _DIGEST_BYTES
 _CHUNK_BYTES = 1 << 20
+BEST_PARTS: dict[str, type | tuple[type, ...]] = {"model": Mapping, "step": int, "metric": float}
+LAST_PARTS: dict[str, type | tuple[type, ...]] = {"model": Mapping, "optimizer": Mapping, "clock": dict, "config_digest": str}
 
 
 class CheckpointDamaged(ValueError):
@@ -93,12 +97,25 @@ def read_checkpoint(path: Path, map_location: torch.device | str = "cpu") -> dic
 
     Raises:
         CheckpointDamaged: truncated or altered; the message names the file.
+        NotACheckpoint: whole, but it holds something else than tensors and plain values by name.
         FileNotFoundError: there is none.
     """
     with open(path, "rb") as file:
         _verify(file, path)
         file.seek(0)
-        return torch.load(file, map_location=map_location, weights_only=True)
+        with restoring(path):
+            found = torch.load(file, map_location=map_location, weights_only=True)
+    if not isinstance(found, dict):
+        raise NotACheckpoint(f"{path} is no checkpoint of this run: it holds a {type(found).__name__}")
+    return found
+
+
+def check_parts(path: Path, saved: Mapping[str, Any], parts: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Raises ``NotACheckpoint`` where a part of a checkpoint is missing or of another type."""
+    for name, kinds in parts.items():
+        if not isinstance(saved.get(name), kinds):
+            found = f"{name!r} is a {type(saved[name]).__name__}" if name in saved else f"it has no {name!r}"
+            raise NotACheckpoint(f"{path} is no checkpoint of this run: {found}")
 
 
 def _verify(file: BinaryIO, path: Path) -> None:
@@ -142,10 +159,12 @@ class Checkpoints:
 
     def load_last(self, map_location: torch.device | str = "cpu") -> dict[str, Any] | None:
         """The newest good state, or None. Damaged files are named in a warning and removed."""
-        for path in (self.last, self.previous):
-            if self._is_good(path):
-                return read_checkpoint(path, map_location)
-        return None
+        path = self.newest_good()
+        return None if path is None else read_checkpoint(path, map_location)
+
+    def newest_good(self) -> Path | None:
+        """The file that :meth:`load_last` reads."""
+        return next((path for path in (self.last, self.previous) if self._is_good(path)), None)
 
     def has_good_best(self) -> bool:
         """Whether ``best.pt`` is there and whole; a damaged one is named in a warning and removed."""
@@ -157,8 +176,11 @@ class Checkpoints:
         Raises:
             FileNotFoundError: nothing was validated yet.
             CheckpointDamaged: the file is damaged.
+            NotACheckpoint: it lacks one of these.
         """
-        return read_checkpoint(self.best, map_location)
+        saved = read_checkpoint(self.best, map_location)
+        check_parts(self.best, saved, BEST_PARTS)
+        return saved
 
     def _is_good(self, path: Path) -> bool:
         if not path.exists():

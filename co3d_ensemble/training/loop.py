@@ -26,8 +26,9 @@ from typing import Any
 import torch
 
 from co3d_ensemble.base.signals import EXIT_STATUS, REASONS, Stopped, StopSignals
+from co3d_ensemble.fields.weights_file import restoring
 from co3d_ensemble.functional.schedules import due
-from co3d_ensemble.training.checkpoint import Checkpoints
+from co3d_ensemble.training.checkpoint import LAST_PARTS, Checkpoints, check_parts, read_checkpoint
 from co3d_ensemble.training.processes import ALONE, Processes
 from co3d_ensemble.training.records import NoRecords, Records
 from co3d_ensemble.training.run_directory import ConfigMismatch, RunDirectory
@@ -76,6 +77,14 @@ class _Clock:
     seconds: float = 0.0
     stopped: str = ""
 
+    @staticmethod
+    def check(saved: dict[str, Any]) -> None:
+        """Raises ``KeyError`` or ``TypeError`` where a saved value is missing or of another type: a checkpoint may hold anything."""
+        for name, default in asdict(_Clock()).items():
+            value = saved[name]
+            if not isinstance(value, (int, float) if isinstance(default, float) else type(default)) or isinstance(value, bool):
+                raise TypeError(f"its clock has {name}={value!r}")
+
 
 def train(task: Task, config: Any, run: RunDirectory | None, device: torch.device | str, processes: Processes = ALONE) -> TrainingResult:
     """Trains until ``max_steps``, early stopping, Ctrl-C or SIGTERM, and leaves checkpoints and records in ``run``.
@@ -116,16 +125,20 @@ def _load(run: RunDirectory, config: Any, device: torch.device) -> dict[str, Any
     """The last good checkpoint of this configuration, or None; in the process that owns the run."""
     checkpoints = Checkpoints(run.checkpoints)
     checkpoints.prepare()
-    saved = checkpoints.load_last(device)
-    if saved is None:
+    path = checkpoints.newest_good()
+    if path is None:
         if config.budget_minutes is not None and run.budget is None:
             raise ValueError(f"training.budget_minutes={config.budget_minutes}: call fit_budget before train")
         return None
+    saved = read_checkpoint(path, device)
+    check_parts(path, saved, LAST_PARTS)
+    with restoring(path):
+        _Clock.check(saved["clock"])
     if saved["config_digest"] != run.config_digest:
         raise ConfigMismatch(run.path, {"checkpoint": (saved["config_digest"][:12], run.config_digest[:12])})
     if saved["clock"]["best_step"] and not checkpoints.has_good_best():
         saved["clock"] |= {"best_metric": -math.inf, "best_step": 0}
-    return saved
+    return {**saved, "path": str(path)}
 
 
 class _Loop:
@@ -144,7 +157,8 @@ class _Loop:
 
     def resume(self, saved: dict[str, Any]) -> None:
         """Takes over a checkpoint of this configuration."""
-        self.stepper.load_state_dict(saved)
+        with restoring(saved["path"]):
+            self.stepper.load_state_dict(saved)
         self.clock = _Clock(**saved["clock"])
         self._started -= self.clock.seconds
         logger.info("going on from step %d", self.clock.step)

@@ -51,6 +51,25 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def load_adam(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    """Gives a new optimizer the moments and learning rates of a saved one; its other settings stay the configuration's.
+
+    Raises:
+        ValueError, LookupError, TypeError, AttributeError: other groups, or moments that do not fit the parameters.
+    """
+    own, groups = optimizer.state_dict()["param_groups"], saved["param_groups"]
+    if [group["parameter_names"] for group in groups] != [group["parameter_names"] for group in own]:
+        raise ValueError("its optimizer has other groups of parameters")
+    parameters = parameters_of(optimizer)
+    for number, state in saved["state"].items():
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        expected = tuple(parameters[number].shape)
+        if shapes != {"step": (), "exp_avg": expected, "exp_avg_sq": expected}:
+            raise ValueError(f"its optimizer has {shapes} for a parameter of shape {expected}")
+    last_rates = [{**group, "lr": float(saved_group["lr"])} for group, saved_group in zip(own, groups, strict=True)]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": last_rates})
+
+
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None) -> Tensor:
     """Scales all gradients by ``min(1, max_norm / norm)`` (Pascanu et al., 2013), norm being that of all of them together.

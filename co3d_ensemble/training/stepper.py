@@ -15,6 +15,7 @@ from co3d_ensemble.training.finite_guard import FiniteGuard
 from co3d_ensemble.training.optimizer import (
     build_adam,
     clip_gradients,
+    load_adam,
     load_moments,
     moments_by_name,
     parameters_of,
@@ -164,7 +165,7 @@ class Stepper:
         """Restores model, optimizer and EMA; a model may change its structure in ``load_state_dict``."""
         self.task.model.load_state_dict(state["model"])
         self.optimizer = self._build_optimizer()
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_adam(self.optimizer, state["optimizer"])
         if self.ema is not None:
             self.ema.rebuild(self.task.model)
             self.ema.load_state_dict(state["ema"])

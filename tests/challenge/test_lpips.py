@@ -68,5 +68,5 @@ def test_weights_on_disk_are_loaded_into_the_backbone(hub):
     assert lpips_masked(network, 1 - picture, picture, mask) > 0
     del (state := backbone.state_dict())["features.6.weight"]
     torch.save(state, hub / "alexnet-owt-00000000.pth")
-    with pytest.raises(ValueError, match=r"lacks 'features\.6\.weight'"):
+    with pytest.raises(ValueError, match=r"has no 'features\.6\.weight'"):
         load_lpips("alex")

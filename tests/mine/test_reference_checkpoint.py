@@ -89,9 +89,10 @@ def test_training_and_models_of_co3d_start_from_them(published):
 def test_what_is_wrong_with_them_is_named(published, tmp_path, capsys):
     path, _ = published
     smaller = mine_config(**{"model.reference_weights": str(path)})
-    with pytest.raises(ValueError, match="checkpoint.pth: is another network's"):
+    with pytest.raises(ValueError, match="checkpoint.pth is no checkpoint of the network"):
         build_network(smaller.model)
-    for name, message in (("gone.pth", "gone.pth: cannot be read"), ("empty.pth", "empty.pth: is another network's.*no 'backbone'")):
+    not_theirs = "empty.pth is no checkpoint of the network.*no 'backbone'"
+    for name, message in (("gone.pth", "gone.pth: cannot be read"), ("empty.pth", not_theirs)):
         torch.save({}, tmp_path / "empty.pth")
         with pytest.raises(ValueError, match=message):
             build_network(mine_config(**{"model.reference_weights": str(tmp_path / name)}).model)

@@ -354,7 +354,7 @@ def test_the_network_of_a_run_is_where_it_starts(tmp_path):
     for settings, message in (
         ({"checkpoint": str(tmp_path / "absent.pt")}, "absent.pt: cannot be read"),
         ({"checkpoint": str(tmp_path / "other.pt")}, "other.pt: is not a best.pt of MINE"),
-        ({"checkpoint": str(tmp_path / "best.pt"), "encoding": "slides"}, "best.pt: is another network's"),
+        ({"checkpoint": str(tmp_path / "best.pt"), "encoding": "slides"}, "best.pt is no checkpoint of the network"),
     ):
         with pytest.raises(ValueError, match=message):
             build_mine_model(encoder="resnet18", **PLANES, **settings)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from co3d_ensemble import files
+from co3d_ensemble.fields.weights_file import NotACheckpoint, restoring
 from co3d_ensemble.training.checkpoint import (
     CheckpointDamaged,
     Checkpoints,
@@ -15,6 +16,7 @@ from co3d_ensemble.training.checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from tests.training.toy_task import ToyTask, run_toy
 
 
 def state(step=1):
@@ -65,7 +67,7 @@ def test_every_flipped_bit_and_every_appended_byte_is_detected(tmp_path):
 def test_only_tensors_and_plain_values_are_loaded(tmp_path):
     path = tmp_path / "a.pt"
     write_checkpoint(path, {"code": os.system})
-    with pytest.raises(Exception, match="[Ww]eights.only"):
+    with pytest.raises(NotACheckpoint, match="a.pt is no checkpoint of this run: [Ww]eights.only"):
         read_checkpoint(path)
 
 
@@ -125,3 +127,96 @@ def test_an_error_inside_torchs_writer_is_kept():
         writer = _HashingWriter(file)
         torch.save(state(), writer)
     assert writer.error.errno == errno.ENOSPC
+
+
+def nested(value, keys, replacement):
+    """``value`` with the entry at ``keys`` replaced, or taken away where the replacement is ``...``."""
+    if not keys:
+        return replacement
+    changed = {**value, keys[0]: nested(value[keys[0]], keys[1:], replacement)} if isinstance(value, dict) else list(value)
+    if isinstance(changed, list):
+        changed[keys[0]] = nested(value[keys[0]], keys[1:], replacement)
+    elif changed[keys[0]] is ...:
+        del changed[keys[0]]
+    return changed
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A toy run that was killed at its fifth step, and the content of its ``last.pt``."""
+    folder = tmp_path_factory.mktemp("stopped")
+
+    class Dying(ToyTask):
+        def batch(self, step):
+            if step == 5:
+                raise InterruptedError
+            return super().batch(step)
+
+    with pytest.raises(InterruptedError):
+        run_toy(folder, make_task=Dying, max_steps=8, checkpoint_every_seconds=0.0)
+    return folder, Checkpoints(folder / "checkpoints").load_last()
+
+
+@pytest.mark.parametrize(
+    ("keys", "replacement"),
+    [
+        ((), {}),
+        ((), [1, 2]),
+        ((), torch.zeros(3)),
+        ((), {"epoch": 3, "state_dict": {}}),
+        (("config_digest",), ...),
+        (("config_digest",), 7),
+        (("clock",), ...),
+        (("clock", "step"), ...),
+        (("clock", "step"), "5"),
+        (("clock", "seconds"), None),
+        (("model",), []),
+        (("model", "0.weight"), ...),
+        (("model", "0.weight"), 3.0),
+        (("model", "0.weight"), torch.zeros(5)),
+        (("optimizer",), None),
+        (("optimizer", "state"), ...),
+        (("optimizer", "state", 0, "exp_avg"), torch.zeros(9)),
+        (("optimizer", "state", 0), {}),
+        (("optimizer", "state", 0), 3),
+        (("optimizer", "state"), {9: {"step": torch.zeros(())}}),
+        (("optimizer", "param_groups"), []),
+        (("optimizer", "param_groups", 0, "parameter_names"), ["other"]),
+        (("ema",), ...),
+        (("ema",), {"weights": {}}),
+        (("ema", "weights", "0.weight"), torch.zeros(1)),
+        (("ema", "decay"), "fast"),
+    ],
+)
+def test_a_whole_checkpoint_of_another_content_is_named_in_one_line(stopped, keys, replacement):
+    folder, content = stopped
+    last = folder / "checkpoints" / "last.pt"
+    write_checkpoint(last, nested(content, keys, replacement))
+    (folder / "checkpoints" / "last.previous.pt").unlink(missing_ok=True)
+    with pytest.raises(NotACheckpoint, match=r"^\S+/last\.pt is no checkpoint of this run: .+") as raised:
+        run_toy(folder, max_steps=8)
+    assert "\n" not in str(raised.value)
+
+
+def test_settings_of_the_optimizer_are_the_configurations_not_the_checkpoints(stopped):
+    folder, content = stopped
+    write_checkpoint(folder / "checkpoints" / "last.pt", nested(content, ("optimizer", "param_groups", 0, "eps"), "small"))
+    result, _ = run_toy(folder, max_steps=8)
+    assert result.steps == 8
+
+
+@pytest.mark.parametrize(
+    "content", [{"step": 1, "metric": 2.0}, {"model": {}, "metric": 2.0}, {"model": {}, "step": 1, "metric": "best"}, {"model": 3}]
+)
+def test_a_best_checkpoint_without_its_parts_is_named(checkpoints, content):
+    write_checkpoint(checkpoints.best, content)
+    with pytest.raises(NotACheckpoint, match=r"best\.pt is no checkpoint of this run: "):
+        checkpoints.load_best()
+
+
+def test_restoring_leaves_other_errors_alone(tmp_path):
+    with pytest.raises(NotACheckpoint, match=r"^a\.pt is no checkpoint of this run: it has no 'model'\Z"), restoring("a.pt"):
+        {}["model"]
+    for error in (OSError("disk"), KeyboardInterrupt(), torch.cuda.OutOfMemoryError("full")):
+        with pytest.raises(type(error)), restoring("a.pt"):
+            raise error
