@@ -14,6 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.base.quoting import literal
 from co3d_ensemble.config import ExperimentConfig, ImplicitronModelConfig, ModelConfig
 from co3d_ensemble.config_checks import validate
@@ -102,7 +103,8 @@ def load_scene(config: Any) -> Scene:
     """Decodes the known and validation frames and bounds the object, per ``config.data``."""
     subset = usable_subset(config)
 
-    frames = [load_frame(config, record, with_depth=False) for record in subset.known]  # no depth supervision
+    known = tracked(subset.known, "reading", "photographs")
+    frames = [load_frame(config, record, with_depth=False) for record in known]  # no depth supervision
     val = [load_frame(config, record) for record in evenly_spread(list(subset.val), config.data.max_val_frames)]
     bounds, longest = config.data.bounds, config.model.occupancy.resolution
     if bounds.mode == "visual_hull":

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from co3d_ensemble.assembly import load_frame, usable_subset
+from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.base.quoting import escaped
 from co3d_ensemble.challenge.lpips import load_lpips
 from co3d_ensemble.data.co3d import FrameRecord, Subset
@@ -145,7 +146,7 @@ def _evaluate(
     methods: dict[str, list[dict[str, float | None]]] = {name: [] for name in rules}
     certainty: list[dict[str, dict[str, float | None]]] = []
     shown, rows = {record.key for record in evenly_spread(list(targets), SHOWN_TARGETS)}, []
-    for record in targets:
+    for record in tracked(targets, "fusing and scoring", "target frames"):
         frame = load_frame(settings, record)
         views = renders.views(record, frame.camera)
         view = fused.view(views, record, frame.camera)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from co3d_ensemble.base.paths import plain_part
+from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.config import FusionConfig
 from co3d_ensemble.data.co3d import FrameRecord
 from co3d_ensemble.files import written_atomically
@@ -137,9 +138,10 @@ def choose_fusion(
     Returns:
         The fusion, and all that the choice rests on: every candidate's scores, gains over the plain average and weights.
     """
-    products = [_products(views_of(record, frame.camera), frame) for record, frame in frames]
+    shown = tracked(frames, "rendering members", "validation frames")
+    products = [_products(views_of(record, frame.camera), frame) for record, frame in shown]
     scores: dict[str, list[dict[str, float | None]]] = {}
-    for left_out, (record, frame) in enumerate(frames):
+    for left_out, (record, frame) in enumerate(tracked(frames, "comparing fusions", "validation frames")):
         views = views_of(record, frame.camera)
         for name, rules in candidates(members, products[:left_out] + products[left_out + 1 :]).items():
             scores.setdefault(name, []).append(score_frame(fuse(views, *rules), frame, with_ssim=False))  # which has no vote

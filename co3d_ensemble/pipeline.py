@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from co3d_ensemble.assembly import load_frame, load_scene, make_task, model_of_state
 from co3d_ensemble.base.paths import plain_part
+from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.challenge.lpips import load_lpips, lpips_masked
 from co3d_ensemble.data.audit import camera_faults
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
@@ -111,7 +112,7 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
     scorable = scorable_targets(subset)
     shown = {record.key for record in evenly_spread(scorable, SHOWN_TARGETS)}
     rows = []
-    for record in scorable:
+    for record in tracked(scorable, "rendering and scoring", "target frames"):
         frame = load_frame(config, record)
         view = renders.view(record, frame.camera)
         scorer.add(view, frame)
@@ -128,7 +129,7 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
         save_picture(run.path / "targets.png", comparison_sheet(rows))
     _plot_run(run)
     if config.rendering.all_targets:
-        for record in subset.targets:
+        for record in tracked(subset.targets, "rendering at the original size", "target frames"):
             if not camera_faults(record):  # the export names those
                 renders.view(record)
     write_json_atomic(run.results_path, results)

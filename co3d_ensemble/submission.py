@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from co3d_ensemble.base.paths import plain_part
+from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.challenge.archive import check_archive, write_archive
 from co3d_ensemble.challenge.scoring import score_archive
 from co3d_ensemble.challenge.targets import Target, archive_name, targets_with_records
@@ -106,7 +107,8 @@ def export_submission(
         remove_temporaries(folder)  # of an export that was killed
         if sequence_set == "dev":
             scores.unlink(missing_ok=True)  # of the archive that is replaced now
-        write_archive(archive, _rendered(sources, present, resolve_device(device), chunk_rays))
+        rendered = _rendered(sources, present, resolve_device(device), chunk_rays)
+        write_archive(archive, tracked(rendered, "rendering and packing", "frames", total=len(present)))
         check_archive(archive, records, allow_missing=allow_missing)
         results = None
         if sequence_set == "dev":

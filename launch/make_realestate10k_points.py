@@ -24,6 +24,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.mine.realestate10k import camera_files, read_clip
 from co3d_ensemble.mine.realestate10k_points import triangulate_clip
 from co3d_ensemble.scripts import run_script, run_with_settings
@@ -54,7 +55,7 @@ def make_points(config: PointsConfig) -> int:
     if unknown:
         raise ValueError(f"clips: {files[0].parent} has no {sorted(unknown)[0]}.txt")
     made = failed = absent = 0
-    for path in chosen[config.part :: config.parts]:
+    for path in tracked(chosen[config.part :: config.parts], "making points", "clips"):
         clip = read_clip(root, config.split, path)
         if len(clip) < 2:
             absent += 1

@@ -20,6 +20,7 @@ from co3d_ensemble.ablation.results import Results, no_difference
 from co3d_ensemble.ablation.rows import rows_named
 from co3d_ensemble.ablation.settings import AblationConfig
 from co3d_ensemble.assembly import CONFIG_DIR
+from co3d_ensemble.base.progress import Progress
 from co3d_ensemble.base.quoting import DEVICE
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
 from co3d_ensemble.files import write_json_atomic
@@ -49,6 +50,7 @@ def ablate(settings: AblationConfig, command: Sequence[str] = ()) -> int:
     with FolderLock(output):
         generate_missing(settings, output / "generated")
         ablation = _Ablation(plan, describe(settings, command))
+        trained = {cell.name for cell in plan.cells}  # the other jobs fuse
         left = sum(not ablation.results.has_ended(cell) for cell in plan.cells)
         logger.info("%d cells, %d of them to train", len(plan.cells), left)
         for row in plan.rows:
@@ -57,13 +59,19 @@ def ablate(settings: AblationConfig, command: Sequence[str] = ()) -> int:
         status = 0
         if not settings.report_only:
             path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-            outcome = run_jobs(
-                ablation.pending,
-                devices=[settings.devices[i % len(settings.devices)] for i in range(settings.jobs)],
-                threads=settings.threads_per_job,
-                environment={**os.environ, "PYTHONPATH": path},
-                ended=lambda job: ablation.report_now_and_then(),
-            )
+            with Progress("ablation", left, "cells trained") as shown:
+
+                def ended(job: Job) -> None:
+                    shown.advance(job.name in trained)
+                    ablation.report_now_and_then()
+
+                outcome = run_jobs(
+                    ablation.pending,
+                    devices=[settings.devices[i % len(settings.devices)] for i in range(settings.jobs)],
+                    threads=settings.threads_per_job,
+                    environment={**os.environ, "PYTHONPATH": path},
+                    ended=ended,
+                )
             ablation.results.failures |= outcome.failures
             status = outcome.status
         ablation.report()

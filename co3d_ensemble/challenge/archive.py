@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from co3d_ensemble.base.messages import shown
+from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.challenge.archive_file import DATA, PATHS, ArchiveError
 from co3d_ensemble.challenge.archive_process import isolated_archive
 from co3d_ensemble.challenge.frame_io import KINDS, decode_view, encode_view, max_png_bytes
@@ -87,7 +88,7 @@ def archive_pictures(
             raise MissingTargets(path, [target for target in targets if target in missing])
         present = [target for target in targets if target not in missing]
         contents = archive.stream([position[target.path(kind)] for target in present for kind in KINDS])
-        for target in present:
+        for target in tracked(present, f"reading {path.name}", "frames"):
             yield target, {kind: next(contents) for kind in KINDS}
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
+from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.data.co3d import KNOWN, SOURCE, TARGET, VAL, CO3DIndex, FrameRecord, ListFault, Subset, relative_path
 from co3d_ensemble.functional.cameras import NDC_FORMATS
 
@@ -95,7 +96,8 @@ def audit_subset(index: CO3DIndex | Path | str, subset: Subset, *, decode: bool)
     root = Path(index.root if isinstance(index, CO3DIndex) else index)
     findings = [_list_finding(fault) for fault in subset.list_faults]
     with _strict_decoding():
-        for role, record in _frames_with_roles(subset):
+        frames = list(_frames_with_roles(subset))
+        for role, record in tracked(frames, f"checking {subset.category}/{subset.name}", "frames"):
             check = _FrameCheck(root, record, role, decode)
             check.labels()
             check.camera()

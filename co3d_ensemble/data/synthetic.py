@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.data.synthetic_objects import OBJECTS
 from co3d_ensemble.data.synthetic_plan import SequencePlan, SyntheticConfig, plan_sequence, random_numbers
 from co3d_ensemble.data.synthetic_view import SyntheticView, render_view, render_views
@@ -71,7 +72,8 @@ def generate_sequence(
     for name in ("images", "masks", "depths", "depth_masks"):
         (root / folder / name).mkdir(parents=True, exist_ok=True)
     frames = []
-    for i, view in enumerate(_views(plan, config)):
+    shown = tracked(_views(plan, config), f"photographing {category}", "frames", total=len(plan.cameras))
+    for i, view in enumerate(shown):
         frames.append(_write_frame(root, folder, i, view, plan, subset_name, config))
     lists: dict[str, list[list[Any]]] = {"train": [], "val": [], "test": []}
     for frame, split in zip(frames, plan.splits):

@@ -10,8 +10,8 @@ from pathlib import Path
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from tqdm import tqdm
 
+from co3d_ensemble.base.progress import Progress
 from co3d_ensemble.fleet.checks import Pair, Report, check_all
 from co3d_ensemble.fleet.disk import JobFolder
 from co3d_ensemble.fleet.environment import check_environment, job_environment
@@ -38,7 +38,14 @@ def dry_run(settings: FleetConfig, overrides: Sequence[str]) -> int:
         return WRONG_ARGUMENTS
     Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
     check_environment(settings)
-    with tqdm(total=len(plan.subsets), desc="checking subsets", disable=not sys.stderr.isatty()) as bar:
+    checked = 0
+    with Progress("checking", len(plan.subsets), "subsets") as shown:
+
+        def tell(done: int) -> None:
+            nonlocal checked
+            shown.advance(done - checked)
+            checked = done
+
         reports = check_all(
             settings.dataset_root,
             settings.output_dir,
@@ -46,7 +53,7 @@ def dry_run(settings: FleetConfig, overrides: Sequence[str]) -> int:
             decode=settings.audit == "full",
             min_known_frames=max(config.data.min_known_frames for config in plan.models.configs.values()),
             workers=settings.audit_workers,
-            progress=lambda done: bar.update(done - bar.n),
+            progress=tell,
         )
     for line in [*told_jobs(settings, plan), *told_disk(settings, plan, reports), *told_findings(settings, reports)]:
         print(line)

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
-from tqdm import tqdm
 
+from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.challenge.lpips import BACKBONES, load_lpips
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.depth_metrics import ALIGNMENTS
@@ -150,7 +150,7 @@ def run_evaluation(settings: EvaluateConfig) -> dict[str, Any]:
         logger.info("%s has %d of %d pictures", path, len(known.keys() & set(indices)), len(indices))
     scoring = Scoring(rules, settings.scale, lpips, no_lpips)
     with _kept(path, head, indices, known) as keep:
-        evaluate(network, tasks, tqdm(indices, desc="pictures", disable=None), planes=planes, scoring=scoring, known=known, keep=keep)
+        evaluate(network, tasks, tracked(indices, "scoring", "pictures"), planes=planes, scoring=scoring, known=known, keep=keep)
     return {**json.loads(path.read_text()), "path": str(path)}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.challenge.archive import check_archive, write_archive
 from co3d_ensemble.challenge.scoring import score_archive
 from co3d_ensemble.challenge.targets import archive_name, targets_with_records
@@ -119,7 +120,7 @@ def export_fewview(
 
     with FolderLock(folder):
         remove_temporaries(folder)  # of an export that was killed
-        write_archive(archive, views())
+        write_archive(archive, tracked(views(), "rendering and packing", "frames", total=len(records)))
         check_archive(archive, records)
         results = None
         if sequence_set == "dev":

@@ -12,8 +12,8 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm import tqdm
 
+from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.mpi import MPIView
 from co3d_ensemble.functional.mpi_sampling import explicit_disparities, fixed_disparities
@@ -227,7 +227,7 @@ def _write_videos(
     depths: list[Tensor] = []
 
     def pictures() -> Any:
-        for pose in tqdm(path, desc="views", disable=None):
+        for pose in tracked(path, "rendering", "views"):
             view = render_pose(stack, pose, K=K, size=size, plane_chunk=settings.plane_chunk)
             if settings.depth_video:
                 depths.append(disparity_picture(view, *span))

@@ -173,7 +173,7 @@ class _Loop:
             max_steps=self.config.max_steps,
             step=self.clock.step,
             validated_step=self.clock.validated_step,
-            progress=self.config.progress,
+            bar=self.config.progress,
             criterion=self.criterion,
         )
 
@@ -219,6 +219,7 @@ class _Loop:
     def _validate(self, records: Records | NoRecords, signals: StopSignals) -> None:
         self.stepper.check()
         start, clock, model = time.perf_counter(), self.clock, self.task.model
+        records.validating()
         self.processes.copy_first(model.buffers())  # statistics of batches, for one, are each process's own
         seed_default_generators(self.config.seed, clock.step)
         with self._evaluated_weights():

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
+from co3d_ensemble.base import progress
 from co3d_ensemble.files import without_non_finite, write_text_atomic
 
 logger = logging.getLogger(__name__)
-
-SECONDS_BETWEEN_LOG_LINES = 10.0
-_BAR = "{desc}: {percentage:3.0f}% {bar} {n_fmt}/{total_fmt}{postfix}"
 
 
 class MetricsLog:
@@ -69,41 +62,36 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """A bar on a terminal; elsewhere, or with ``enabled=False``, a log line now and then."""
+    """Steps, speed and losses of a training on the bar or the lines of :mod:`~co3d_ensemble.base.progress`."""
 
     def __init__(self, max_steps: int, step: int, *, enabled: bool, criterion: str = "psnr_masked") -> None:
-        self._stack = ExitStack()
-        self._bar: tqdm | None = None
-        self._max_steps, self._last_line = max_steps, 0.0
+        self._shown = progress.Progress("training", max_steps, "steps", done=step, bar=enabled)
         self._criterion = criterion
+        self._parts: list[str] = []  # of the last window
         self._score: float | None = None
-        if enabled and sys.stderr.isatty():
-            self._stack.enter_context(logging_redirect_tqdm())
-            self._bar = self._stack.enter_context(tqdm(total=max_steps, initial=step, desc="training", bar_format=_BAR, dynamic_ncols=True))
 
     def advance(self) -> None:
-        if self._bar is not None:
-            self._bar.update()
+        self._shown.advance()
 
-    def show(self, step: int, losses: Mapping[str, float], rays_per_second: float | None, seconds_left: float | None) -> None:
-        parts = [] if seconds_left is None else [f"{tqdm.format_interval(seconds_left)} left"]
-        if self._score is not None:
-            parts.append(f"{self._criterion.removesuffix('_masked')} {self._score:.2f}")
-        if rays_per_second is not None:
-            parts.append(f"{rays_per_second:,.0f} rays/s")
-        parts += [f"{name.removeprefix('loss_')} {value:.4g}" for name, value in losses.items()]  # last: a narrow bar cuts the end
-        if self._bar is not None:
-            self._bar.set_postfix_str(", ".join(parts))
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LOG_LINES or step == self._max_steps:
-            self._last_line = time.monotonic()
-            logger.info("step %d/%d: %s", step, self._max_steps, ", ".join(parts))
+    def show(self, losses: Mapping[str, float], rays_per_second: float | None, seconds_left: float | None) -> None:
+        self._parts = [] if rays_per_second is None else [f"{rays_per_second:,.0f} rays/s"]
+        self._parts += [f"{name.removeprefix('loss_')} {value:.4g}" for name, value in losses.items()]  # last: a narrow bar cuts the end
+        self._note(seconds_left=seconds_left)
+
+    def validating(self) -> None:
+        self._note("validating")
 
     def validated(self, step: int, metrics: Mapping[str, float]) -> None:
         self._score = metrics[self._criterion]
         logger.info("validation at step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        self._note()
 
     def close(self) -> None:
-        self._stack.close()
+        self._shown.close()
+
+    def _note(self, *first: str, seconds_left: float | None = None) -> None:
+        score = [] if self._score is None else [f"{self._criterion.removesuffix('_masked')} {self._score:.2f}"]
+        self._shown.note(", ".join([*first, *score, *self._parts]), seconds_left)
 
 
 class Records:
@@ -113,6 +101,7 @@ class Records:
         metrics_path, tensorboard: where lines and events go.
         step: updates done at the start; later lines and events of an interrupted run are superseded.
         validated_step: the last validation that the checkpoint knows of.
+        bar: on a terminal, show a bar instead of lines.
         criterion: the metric of a validation that is shown.
     """
 
@@ -124,13 +113,13 @@ class Records:
         max_steps: int,
         step: int,
         validated_step: int,
-        progress: bool,
+        bar: bool,
         criterion: str = "psnr_masked",
     ) -> None:
         known = {"validation": validated_step}
         self._log = MetricsLog(metrics_path, keep=lambda record: record["step"] <= known.get(record.get("kind"), step))
         self._events = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else None)
-        self._progress = Progress(max_steps, step, enabled=progress, criterion=criterion)
+        self._progress = Progress(max_steps, step, enabled=bar, criterion=criterion)
 
     def __enter__(self) -> Records:
         return self
@@ -159,7 +148,11 @@ class Records:
         self._log.append("train", step, losses=dict(losses), lr=dict(learning_rates), **speed)
         for prefix, values in (("loss", losses), ("lr", learning_rates), ("speed", speed)):
             self._scalars(prefix, values, step)
-        self._progress.show(step, losses, rays_per_second, seconds_left)
+        self._progress.show(losses, rays_per_second, seconds_left)
+
+    def validating(self) -> None:
+        """A validation begins."""
+        self._progress.validating()
 
     def validation(self, step: int, metrics: Mapping[str, float], pictures: Iterable[tuple[str, Tensor]], *, seconds: float) -> None:
         """Metrics and uint8 pictures (3, H, W) of one validation."""
@@ -189,6 +182,9 @@ class NoRecords:
         pass
 
     def training(self, *_: object, **__: object) -> None:
+        pass
+
+    def validating(self) -> None:
         pass
 
     def validation(self, *_: object, **__: object) -> None:

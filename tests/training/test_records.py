@@ -7,9 +7,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from co3d_ensemble.training.records import MetricsLog, Progress, Records, read_metrics
 
 
-def make_records(tmp_path, *, step=0, validated_step=0, progress=False):
+def make_records(tmp_path, *, step=0, validated_step=0, bar=False):
     return Records(
-        tmp_path / "metrics.jsonl", tmp_path / "events", max_steps=100, step=step, validated_step=validated_step, progress=progress
+        tmp_path / "metrics.jsonl", tmp_path / "events", max_steps=100, step=step, validated_step=validated_step, bar=bar
     )
 
 
@@ -64,24 +64,22 @@ def test_events_hold_losses_rates_speed_metrics_and_pictures_and_a_resume_purges
     assert [event.step for event in events.Scalars("loss/loss_a")] == [10, 20, 25]
 
 
-def test_without_a_terminal_the_speed_the_losses_and_the_time_left_are_log_lines(caplog):
-    progress = Progress(100, 0, enabled=True)
-    with caplog.at_level(logging.INFO):
-        progress.validated(5, {"psnr_masked": 21.5})
-        progress.show(10, {"loss_a": 0.25}, 2000.0, 65.0)
-        progress.show(11, {"loss_a": 0.5}, 2000.0, 64.0)  # too soon after the line before
-        progress.show(100, {"loss_a": 0.125}, 2000.0, 0.0)
-    progress.close()
-    lines = [record.getMessage() for record in caplog.records]
-    assert lines[1] == "step 10/100: 01:05 left, psnr 21.50, 2,000 rays/s, a 0.25"
-    assert len(lines) == 3 and "0.125" in lines[2]
+def test_score_speed_and_losses_stand_behind_the_steps_and_the_time_left():
+    shown = Progress(100, 9, enabled=False)
+    shown.advance()
+    shown.validating()
+    assert shown._shown.line().endswith("left, validating")
+    shown.validated(5, {"psnr_masked": 21.5})
+    shown.show({"loss_a": 0.25}, 2000.0, 65.9)
+    assert shown._shown.line() == "training: 10 of 100 steps, 01:05 left, psnr 21.50, 2,000 rays/s, a 0.25"
+    shown.close()
 
 
 def test_on_a_terminal_there_is_a_bar(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    progress = Progress(100, 40, enabled=True)
-    progress.advance()
-    progress.show(41, {"loss_a": 0.25}, None, 65.0)
-    progress.close()
-    shown = capsys.readouterr().err
-    assert "41/100" in shown and "01:05 left" in shown and "a 0.25" in shown
+    shown = Progress(100, 40, enabled=True)
+    shown.advance()
+    shown.show({"loss_a": 0.25}, None, 65.9)
+    shown.close()
+    told = capsys.readouterr().err
+    assert "41/100" in told and "01:05 left" in told and "a 0.25" in told
