@@ -21,7 +21,7 @@ from co3d_ensemble.challenge.targets import targets_with_records
 from co3d_ensemble.config import ExperimentConfig
 from co3d_ensemble.data.co3d import CO3DIndex
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
-from co3d_ensemble.fleet.checks import check_category
+from co3d_ensemble.fleet.checks import check_all
 from co3d_ensemble.fleet.jobs import chosen_subsets
 from co3d_ensemble.mine.co3d_pairs import CO3DPairs
 
@@ -98,7 +98,8 @@ class Annotations(Target):
             chosen_subsets(CO3DIndex(folder).all_subsets(["dev"]), categories=[CATEGORY], subsets=[SUBSET])
         except ValueError:
             return True
-        reports = check_category(folder, CATEGORY, [SUBSET], decode=False, min_known_frames=MIN_KNOWN_FRAMES, cache={})
+        pairs = [(CATEGORY, SUBSET)]
+        reports = check_all(folder, folder / "output", pairs, decode=False, min_known_frames=MIN_KNOWN_FRAMES, workers=1)
         return any(report["errors"] for report in reports.values())
 
     def _train(self, folder: Path) -> Any:

@@ -29,7 +29,6 @@ TARGETS = {  # what is imported when it is asked for: module and class
     "checkpoints": ("fuzz_checkpoints", "Checkpoints"),
 }
 TELL_EVERY_SECONDS = 10.0
-SHOWN_FAULTS = 20
 
 
 def target_named(name: str) -> Target:
@@ -48,6 +47,8 @@ def run(name: str, numbers: range, *, seed: int, verbose: bool = False) -> dict[
         done += 1
         if verbose:
             print(f"{case.number}: {case.damage}\n{case.outcome.value}: {case.told}", flush=True)
+        elif case.outcome in target.faults:
+            print(f"{name} {case.number} ({case.damage}): {case.outcome.value}: {case.told.strip()}", flush=True)
         elif time.monotonic() - told > TELL_EVERY_SECONDS:
             told = time.monotonic()
             left = (told - began) / done * (len(numbers) - done)
@@ -68,9 +69,6 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     numbers = range(given.count) if given.only is None else range(given.only, given.only + 1)
     results = [run(name, numbers, seed=given.seed, verbose=given.only is not None) for name in given.targets]
-    for result in results:
-        for fault in result["faults"][:SHOWN_FAULTS]:  # type: ignore[index]
-            print(f"{result['target']} {fault['number']} ({fault['damage']}): {fault['outcome']}: {fault['told'].strip()}")
     print(table(results))  # type: ignore[arg-type]
     if given.json is not None:
         given.json.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -117,6 +118,7 @@ def _in_a_child(target: Target, number: int, folder: Path, seed: int) -> Case:
     child = os.fork()
     if child == 0:
         os.close(reader)
+        gc.freeze()  # or its collections would copy the parent's memory page by page
         try:
             _limit_memory()
             _act(target, number, folder, seed, writer)

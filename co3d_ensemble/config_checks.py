@@ -51,7 +51,6 @@ _POSITIVE = (
     "model.tensorf.n_hidden",
     "model.tensorf.distance_scale",
     "model.tensorf.init_std",
-    "data.min_known_frames",
 )
 
 # allowed interval as people write it; where the type allows null, null is allowed as well
@@ -69,6 +68,7 @@ LOOP_RANGES = {
 }
 _RANGES = {
     "data.val_share": "(0, 1)",
+    "data.min_known_frames": "[2, inf)",  # where there are no val frames, one is held out and one stays
     "data.longest_side": "[8, inf)",
     "data.max_val_frames": "[1, inf)",
     "data.bounds.hull_tolerance": "[0, 1)",

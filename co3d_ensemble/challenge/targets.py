@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from co3d_ensemble.base.paths import plain_part
-from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord
+from co3d_ensemble.data.co3d import SUBSET_LIST_FILE, CO3DIndex, FrameRecord
 
 TASKS, SEQUENCE_SETS = ("manyview", "fewview"), ("dev", "test")
 
@@ -64,7 +64,8 @@ def targets_with_records(
     archive_name(task, sequence_set)
     subsets = [pair for pair in index.all_subsets(sequence_set=[sequence_set], task=task) if only is None or pair in only]
     if not subsets:
-        raise ValueError(f"{index.root} has no subset {task}_{sequence_set}" + ("" if only is None else " among the chosen ones"))
+        among = "" if only is None else " among the chosen ones"
+        raise ValueError(f"{index.root / SUBSET_LIST_FILE} has no subset {task}_{sequence_set}{among}")
     records = {}
     for category, name in subsets:
         for record in index.subset(category, name).targets:
