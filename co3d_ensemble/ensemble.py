@@ -53,9 +53,9 @@ def fuse_sequence(config: DictConfig) -> dict[str, Any]:
     """Fuses the trained members of one sequence and scores the fusion; what is finished is left as it is.
 
     Leaves, in ``<output_dir>/<category>/<subset_name>/<name>/``: ``config.yaml``; ``fusion.json`` (the fusion, and what its
-    choice rests on); ``renders/`` with the fused views and the members' disagreement; ``results.json`` as a run's, with each
-    member's own scores at the same frames and resolution under ``members``, all candidate fusions' under ``methods`` (for the
-    record: targets have no say in the choice) and the disagreement's rank correlation and AUSE with the true errors under
+    choice rests on); ``views/`` with the fused views and the members' disagreement; ``renders/`` with pictures;
+    ``results.json`` as a run's, with each member's own scores at the same frames and resolution under ``members``, all candidate
+    fusions' under ``methods`` (for the record: targets have no say in the choice) and the disagreement's rank correlation and AUSE with the true errors under
     ``uncertainty``; ``targets.png``. Members of different resolution are rendered at the highest.
 
     Args:
@@ -150,6 +150,7 @@ def _evaluate(
         frame = load_frame(settings, record)
         views = renders.views(record, frame.camera)
         view = fused.view(views, record, frame.camera)
+        fused.show(view, record)
         scorer.add(view, frame)
         for member, member_view in zip(of_members, views, strict=True):
             member.add(member_view, frame)

@@ -23,8 +23,8 @@ from co3d_ensemble.functional.fusion_fit import Guard, error_products, paired_ch
 from co3d_ensemble.functional.metrics import FOREGROUND
 from co3d_ensemble.functional.types import Frame, PinholeCamera, RenderedView
 from co3d_ensemble.functional.uncertainty import color_disagreement, depth_disagreement
-from co3d_ensemble.pipeline import Renders, checkpoint_stamp, keep_if_made_from, locked_for_rendering, render_path, run_directory
-from co3d_ensemble.rendering import write_view
+from co3d_ensemble.pipeline import Renders, checkpoint_stamp, keep_if_made_from, locked_for_rendering, run_directory, view_path
+from co3d_ensemble.rendering import Pictures, write_view
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.run_directory import RunDirectory
 from co3d_ensemble.training.validation import mean_scores, score_frame
@@ -99,19 +99,21 @@ class MemberRenders:
 
 
 class FusedRenders:
-    """Fused views, kept with the members' disagreement in ``renders/`` of an ensemble's folder. For use under its lock.
+    """Fused views, kept with the members' disagreement in ``views/`` of an ensemble's folder. For use under its lock.
 
     ``<sequence>_<frame>.npz`` holds the fused view and ``<sequence>_<frame>_uncertainty.npz`` the standard deviation over the
     members of colour (``rgb``) and, over those that have a surface, of z (``depth``, world units; ``surfaces`` counts them).
     """
 
     def __init__(self, folder: Path, fusion: Fusion, members: MemberRenders) -> None:
-        self._folder, self._fusion = folder / "renders", fusion
-        keep_if_made_from(self._folder, {"fusion": fusion.as_json(), "members": members.stamp})
+        self._folder, self._fusion = folder / "views", fusion
+        pictures = Pictures(folder / "renders")
+        self.show, self.show_original = pictures.show, pictures.show_original
+        keep_if_made_from(self._folder, folder / "renders", {"fusion": fusion.as_json(), "members": members.stamp})
 
     def view(self, views: Sequence[RenderedView], record: FrameRecord, camera: PinholeCamera | None = None) -> RenderedView:
         """The fusion of the members' ``views``, written unless it was before."""
-        path = render_path(self._folder, record, record.camera() if camera is None else camera)
+        path = view_path(self._folder, record, record.camera() if camera is None else camera)
         fused = self._fusion(views)
         if not path.exists():
             (deviation, surfaces), arrays = depth_disagreement(views), path.with_name(f"{path.stem}_uncertainty.npz")

@@ -24,7 +24,7 @@ from co3d_ensemble.files import remove_temporaries, write_json_atomic
 from co3d_ensemble.functional.types import Frame, PinholeCamera, RenderedView
 from co3d_ensemble.plugin.implicitron_model import ImplicitronModel
 from co3d_ensemble.plugin.model import ObjectModel
-from co3d_ensemble.rendering import read_view, resolve_device, write_view
+from co3d_ensemble.rendering import Pictures, read_view, resolve_device, view_name, write_view
 from co3d_ensemble.report.pictures import comparison_sheet, save_picture, training_curve
 from co3d_ensemble.training.budget import fit_budget
 from co3d_ensemble.training.checkpoint import Checkpoints
@@ -115,6 +115,7 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
     for record in tracked(scorable, "rendering and scoring", "target frames"):
         frame = load_frame(config, record)
         view = renders.view(record, frame.camera)
+        renders.show(view, record)
         scorer.add(view, frame)
         if record.key in shown:  # a sequence may have hundreds of targets: only these stay in memory
             rows.append((frame.name, frame.rgb, view, frame.mask))
@@ -131,7 +132,7 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
     if config.rendering.all_targets:
         for record in tracked(subset.targets, "rendering at the original size", "target frames"):
             if not camera_faults(record):  # the export names those
-                renders.view(record)
+                renders.show_original(renders.view(record), record)
     write_json_atomic(run.results_path, results)
     logger.info("%s: %s", run.path, ", ".join(f"{name} {value:.3f}" for name, value in results["metrics"].items() if value is not None))
     return results
@@ -185,10 +186,10 @@ def _plot_run(run: RunDirectory) -> None:
 
 
 class Renders:
-    """The views of a run's best checkpoint: rendered once, then read from ``renders/``. For use under the run's lock.
+    """The views of a run's best checkpoint: rendered once, then read from ``views/``. For use under the run's lock.
 
-    Renders of an older checkpoint are discarded. Views at the frame's original size lie in ``renders/`` itself, those of other
-    sizes in ``renders/<height>x<width>/``.
+    Renders of an older checkpoint are discarded. Views at the frame's original size lie in ``views/`` itself, those of other sizes in
+    ``views/<height>x<width>/``. Pictures of the targets lie in ``renders/``, see :class:`Pictures`.
 
     Args:
         chunk_rays: rays rendered at once; None: as the run's configuration has it.
@@ -197,13 +198,16 @@ class Renders:
     def __init__(self, run: RunDirectory, device: torch.device, chunk_rays: int | None = None) -> None:
         self._run, self._device, self._chunk_rays = run, device, chunk_rays
         self._model: ObjectModel | ImplicitronModel | None = None
-        remove_temporaries(run.renders)  # of a process that was killed
-        keep_if_made_from(run.renders, checkpoint_stamp(run))
+        self._pictures = Pictures(run.renders)
+        for folder in (run.views, run.renders):
+            remove_temporaries(folder)  # of a process that was killed
+        keep_if_made_from(run.views, run.renders, checkpoint_stamp(run))
+        self.show, self.show_original = self._pictures.show, self._pictures.show_original
 
     def view(self, record: FrameRecord, camera: PinholeCamera | None = None) -> RenderedView:
         """The model at ``camera``, or at the record's own; on the CPU, colour and mask in steps of float16."""
         camera = record.camera() if camera is None else camera
-        path = render_path(self._run.renders, record, camera)
+        path = view_path(self._run.views, record, camera)
         if not path.exists():
             if self._model is None:
                 self._model, config = load_trained(self._run, self._device)
@@ -212,11 +216,11 @@ class Renders:
         return read_view(path)
 
 
-def render_path(folder: Path, record: FrameRecord, camera: PinholeCamera) -> Path:
-    """Where a frame's view at a camera of some size lies in a folder of renders."""
+def view_path(folder: Path, record: FrameRecord, camera: PinholeCamera) -> Path:
+    """Where a frame's view at a camera of some size lies in a folder of views."""
     if (camera.height, camera.width) != (record.height, record.width):
         folder = folder / f"{camera.height}x{camera.width}"
-    return folder / f"{record.sequence_name}_{record.frame_number}.npz"
+    return folder / f"{view_name(record)}.npz"
 
 
 def checkpoint_stamp(run: RunDirectory) -> dict[str, Any]:
@@ -226,13 +230,14 @@ def checkpoint_stamp(run: RunDirectory) -> dict[str, Any]:
     return {"checkpoint": best.name, "bytes": stat.st_size, "modified_ns": stat.st_mtime_ns}
 
 
-def keep_if_made_from(folder: Path, stamp: dict[str, Any]) -> None:
-    """Deletes the renders in ``folder`` unless they were made from what ``stamp`` describes, and leaves the stamp there."""
-    path = folder / "made_from.json"
+def keep_if_made_from(views: Path, pictures: Path, stamp: dict[str, Any]) -> None:
+    """Deletes views and pictures unless they were made from what ``stamp`` describes, and leaves the stamp with the views."""
+    path = views / "made_from.json"
     if path.exists() and json.loads(path.read_text()) == stamp:
         return
-    for old in folder.rglob("*.npz"):
+    for old in (*views.rglob("*.npz"), *pictures.rglob("*.png"), *pictures.rglob("*.npz")):  # before, arrays lay among the pictures
         old.unlink()
+    (pictures / "made_from.json").unlink(missing_ok=True)
     write_json_atomic(path, stamp)
 
 
@@ -250,7 +255,9 @@ def render_targets(
     with locked_for_rendering(run):
         renders = Renders(run, device, chunk_rays)
         for record in records:
-            yield record, renders.view(record)
+            view = renders.view(record)
+            renders.show_original(view, record)
+            yield record, view
 
 
 @contextmanager

@@ -210,4 +210,9 @@ def render_source(
         kept = None if source.folder is None else FusedRenders(source.folder, source.fusion, members)
         for record in records:
             views = members.views(record)
-            yield record, source.fusion(views) if kept is None else kept.view(views, record)
+            if kept is None:
+                yield record, source.fusion(views)
+                continue
+            view = kept.view(views, record)
+            kept.show_original(view, record)
+            yield record, view

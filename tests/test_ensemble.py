@@ -72,7 +72,7 @@ def config_of(root, output, **settings):
 
 def target_files(folder, root):
     targets = CO3DIndex(root).subset("mug", DEV).targets
-    return [folder / "renders" / "18x24" / f"{record.sequence_name}_{record.frame_number}.npz" for record in targets]
+    return [folder / "views" / "18x24" / f"{record.sequence_name}_{record.frame_number}.npz" for record in targets]
 
 
 def never(monkeypatch, *places):
@@ -89,7 +89,8 @@ def test_one_command_trains_all_members_and_leaves_their_fusion_beside_them(outp
     folder = folder_of(output)
     renders = {str(path.relative_to(folder)) for path in target_files(folder, root)}
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == {
-        ".lock", "config.yaml", "fusion.json", "results.json", "targets.png", "renders/made_from.json",
+        ".lock", "config.yaml", "fusion.json", "results.json", "targets.png", "views/made_from.json",
+        *(f"renders/{Path(name).stem}_{kind}.png" for name in renders for kind in ("rgb", "mask", "depth")),
         *renders, *(name.replace(".npz", "_uncertainty.npz") for name in renders),
     }  # fmt: skip
     with Image.open(folder / "targets.png") as picture:
@@ -326,7 +327,7 @@ def test_the_ensemble_and_its_members_in_any_order_export_the_recorded_fusion(ow
     assert export(root, own_output, "models=[nerf,tensorf,nerf_seed1]", "fusion=mean") == 0
     assert not same_views(archived(own_output, root), by_name)
     fusion = recorded_fusion(folder_of(own_output))
-    views = [[read_view(path) for path in sorted((folder_of(own_output, name) / "renders").glob("*.npz"))] for name in fusion.members]
+    views = [[read_view(path) for path in sorted((folder_of(own_output, name) / "views").glob("*.npz"))] for name in fusion.members]
     fused = [fusion(frame) for frame in zip(*views)]
     for view, expected in zip(by_name, fused):
         assert view.rgb.shape == expected.rgb.shape == (3, 24, 32)
@@ -345,7 +346,7 @@ def test_members_without_a_recorded_fusion_are_averaged_plainly_and_it_is_said(o
 def test_one_member_is_exported_as_it_is(own_output, root):
     assert export(root, own_output, "models=[tensorf]") == 0
     alone = archived(own_output, root)
-    expected = [read_view(path) for path in sorted((folder_of(own_output, "tensorf") / "renders").glob("*.npz"))]
+    expected = [read_view(path) for path in sorted((folder_of(own_output, "tensorf") / "views").glob("*.npz"))]
     assert all((a.rgb - b.rgb).abs().max() < 0.5 / 255 + 1e-6 for a, b in zip(alone, expected))
 
 

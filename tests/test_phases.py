@@ -31,7 +31,8 @@ def trained(root, tmp_path_factory) -> Path:
     """A run that was trained and not scored, as a kill before its evaluation leaves it."""
     output = tmp_path_factory.mktemp("trained")
     assert train(root, output) == 0
-    shutil.rmtree(run_of(output) / "renders")
+    for folder in ("views", "renders"):
+        shutil.rmtree(run_of(output) / folder)
     (run_of(output) / "results.json").unlink()
     return output
 

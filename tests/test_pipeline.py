@@ -29,6 +29,7 @@ from co3d_ensemble.functional.schedules import ema_decay
 from co3d_ensemble.functional.types import RenderedView
 from co3d_ensemble.pipeline import METRICS
 from co3d_ensemble.plugin.model import ObjectModel
+from co3d_ensemble.rendering import read_view
 from co3d_ensemble.training import budget, lock
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.records import read_metrics
@@ -55,7 +56,7 @@ def output(root, tmp_path_factory):
 @pytest.fixture
 def own_output(output, tmp_path):
     """The finished runs, for tests that change them."""
-    return Path(shutil.copytree(output, tmp_path / "output", ignore=shutil.ignore_patterns("submission", "renders")))
+    return Path(shutil.copytree(output, tmp_path / "output", ignore=shutil.ignore_patterns("submission", "renders", "views")))
 
 
 @pytest.fixture
@@ -99,7 +100,30 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def target_names(root):
+    return [f"{record.sequence_name}_{record.frame_number}" for record in CO3DIndex(root).subset("mug", DEV).targets]
+
+
 # What a run leaves
+
+
+def test_renders_are_pictures_of_the_scored_views_and_the_original_size_has_a_folder_of_its_own(own_output, root):
+    run = run_of(own_output)
+    assert train(root, own_output) == 0
+    assert not run.joinpath("renders").exists()  # the copy has none, and scoring is not repeated for their sake
+    (run / "results.json").unlink()
+    assert train(root, own_output) == 0
+    assert export(root, own_output) == 0
+    scored, original = ("renders", "views/18x24", (18, 24)), ("renders/original_size", "views", (24, 32))
+    for folder, arrays, size in ((run / pictures, run / views, size) for pictures, views, size in (scored, original)):
+        for name in target_names(root):
+            view = read_view(arrays / f"{name}.npz")
+            shown = {kind: np.asarray(Image.open(folder / f"{name}_{kind}.png")) for kind in ("rgb", "mask", "depth")}
+            assert shown["rgb"].shape == (*size, 3) and shown["mask"].shape == shown["depth"].shape == size
+            assert np.abs(shown["rgb"].transpose(2, 0, 1) / 255 - view.rgb.numpy()).max() <= 0.501 / 255
+            assert np.abs(shown["mask"] / 255 - view.mask[0].numpy()).max() <= 0.501 / 255
+            depth = shown["depth"].astype(np.uint16).view(np.float16)
+            np.testing.assert_allclose(depth, view.depth[0].numpy(), rtol=1e-3)
 
 
 def test_one_command_leaves_a_run_that_describes_itself(output, root):
@@ -114,8 +138,9 @@ def test_one_command_leaves_a_run_that_describes_itself(output, root):
         "results.json",
         "targets.png",
         "training_curve.png",
-        "renders/made_from.json",
-        *(f"renders/18x24/{record.sequence_name}_{record.frame_number}.npz" for record in CO3DIndex(root).subset("mug", DEV).targets),
+        "views/made_from.json",
+        *(f"views/18x24/{name}.npz" for name in target_names(root)),
+        *(f"renders/{name}_{kind}.png" for name in target_names(root) for kind in ("rgb", "mask", "depth")),
     }
     assert [path.stat().st_size > 0 for path in (run / "tensorboard").iterdir()] == [True]
     config = settings_of(output)
@@ -458,7 +483,7 @@ def test_an_export_s_chunk_size_is_the_run_s_unless_given(own_output, root, monk
     monkeypatch.setattr(ObjectModel, "render_view", lambda self, camera, n: asked.append(n) or original(self, camera, n))
     assert export(root, own_output, "chunk_rays=100") == 0 and asked == [100] * 4
     for category in ("mug", "bear"):
-        shutil.rmtree(run_of(own_output, category=category) / "renders")
+        shutil.rmtree(run_of(own_output, category=category) / "views")
     assert export(root, own_output) == 0 and asked[4:] == [settings_of(own_output).rendering.chunk_rays] * 4
 
 
@@ -592,4 +617,4 @@ def test_the_published_experiment_has_the_recipe_s_figures():
 def test_a_fleet_s_jobs_leave_all_targets_at_their_original_size_also_those_that_nobody_can_score(root, tmp_path):
     assert train(root, tmp_path, subset_name=TEST, rendering__all_targets="true", data__longest_side=16) == 0
     targets = {f"{record.sequence_name}_{record.frame_number}.npz" for record in CO3DIndex(root).subset("mug", TEST).targets}
-    assert {path.name for path in (run_of(tmp_path, subset_name=TEST) / "renders").glob("*.npz")} == targets
+    assert {path.name for path in (run_of(tmp_path, subset_name=TEST) / "views").glob("*.npz")} == targets

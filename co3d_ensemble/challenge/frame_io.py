@@ -20,10 +20,10 @@ from torch import Tensor
 
 from co3d_ensemble.base.png import encode_png, verify_png
 from co3d_ensemble.functional.types import RenderedView
+from co3d_ensemble.rendering import depth_bits
 
 KINDS = ("image", "mask", "depth")
 FOREGROUND = 0.5  # a mask of at least this is written as 1
-FLOAT16_MAX = 65504.0
 
 # others (transparency, animation, a palette) could make the pixels others than the submitted ones
 CHUNKS = (b"IHDR", b"IDAT", b"IEND", b"tEXt", b"zTXt", b"iTXt", b"tIME", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD")
@@ -79,8 +79,7 @@ def encode_depth(depth: Tensor) -> bytes:
     Args:
         depth: z in camera space, shape (1, H, W).
     """
-    values = _checked("depth", depth, channels=1)[0].clip(-FLOAT16_MAX, FLOAT16_MAX)
-    return encode_png(values.astype(np.float16).view(np.uint16))
+    return encode_png(depth_bits(_checked("depth", depth, channels=1)[0]))
 
 
 def decode_image(data: bytes, name: str, size: tuple[int, int]) -> Tensor:

@@ -26,7 +26,7 @@ SHOWN_FINDINGS = 5  # per subset
 WORKERS = (1, 8, 32, 136)  # for which the hours are told
 STATES_ON_DISK = 9  # float32 copies of the weights: model, EMA and Adam's two moments, twice (last, previous), and the best
 MLP_BYTES = 20e6  # of a radiance MLP with its optimizer, all checkpoints together: 256 x 8 has 0.6 M weights
-BYTES_PER_PIXEL = 12  # of a rendered target, in a model's renders and in the fusion's: float16 colour and mask, float32 depth
+BYTES_PER_PIXEL = 18  # of a rendered target, a model's or the fusion's: float16 colour and mask, float32 depth, and 6 of the pictures
 
 
 def dry_run(settings: FleetConfig, overrides: Sequence[str]) -> int:

@@ -1,7 +1,7 @@
 """The folder of one run: exclusive while it trains, self-describing afterwards.
 
 ``config.yaml``, ``environment.json``, ``budget.json`` (where a time budget set ``max_steps``), ``metrics.jsonl``,
-``tensorboard/``, ``checkpoints/``, ``renders/``, ``results.json``.
+``tensorboard/``, ``checkpoints/``, ``views/`` (exact arrays), ``renders/`` (pictures), ``results.json``.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class RunDirectory:
         self.results_path = self.path / "results.json"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
+        self.views = self.path / "views"
         self.renders = self.path / "renders"
 
     @property
@@ -156,7 +157,7 @@ class RunDirectory:
         """Deletes the run, and nothing that is not a run's; the configuration last, so that a kill leaves a run."""
         if self.config_path.exists():
             logger.info("discarding the run in %s", self.path)
-        for folder in (self.checkpoints, self.tensorboard, self.renders):
+        for folder in (self.checkpoints, self.tensorboard, self.views, self.renders):
             if folder.exists():
                 shutil.rmtree(folder)
         for file in (self.metrics_path, self.results_path, self.budget_path, self.environment_path, self.config_path):
