@@ -55,8 +55,8 @@ def fuse_sequence(config: DictConfig) -> dict[str, Any]:
     Leaves, in ``<output_dir>/<category>/<subset_name>/<name>/``: ``config.yaml``; ``fusion.json`` (the fusion, and what its
     choice rests on); ``views/`` with the fused views and the members' disagreement; ``renders/`` with pictures;
     ``results.json`` as a run's, with each member's own scores at the same frames and resolution under ``members``, all candidate
-    fusions' under ``methods`` (for the record: targets have no say in the choice) and the disagreement's rank correlation and AUSE with the true errors under
-    ``uncertainty``; ``targets.png``. Members of different resolution are rendered at the highest.
+    fusions' under ``methods`` (for the record: targets have no say in the choice) and the disagreement's rank correlation and AUSE
+    with the true errors under ``uncertainty``; ``targets.png``. Members of different resolution are rendered at the highest.
 
     Args:
         config: an ``EnsembleConfig``; only the names of its members count.
