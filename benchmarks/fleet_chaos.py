@@ -63,7 +63,8 @@ class Agents:
     def _start(self) -> subprocess.Popen[bytes]:
         options = ["--nnodes", f"1:{self.nodes}", "--nproc_per_node", str(self.workers), "--max-restarts", "1000", "--rdzv_backend", "c10d"]
         options += ["--rdzv_endpoint", f"localhost:{self.port}", "--rdzv_conf", "last_call_timeout=1", "--monitor-interval", "0.2"]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "torch.distributed.run", *options, *self.script]
         with open(self.log, "ab") as file:
             return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment, start_new_session=True)

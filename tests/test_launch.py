@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from co3d_ensemble.settings import settings_with_help
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.records import read_metrics
 from launch import evaluate_submission, export_submission, train_sequence
+from tests.children import environment_of_child
 from tests.conftest import REPOSITORY
 from tests.tiny import MODEL, Launched, export, generated, train, train_arguments
 
@@ -268,7 +268,7 @@ def test_cfg_prints_the_composed_configuration_without_running(tmp_path, capsys)
 
 def test_the_script_itself_runs_from_anywhere(tmp_path):
     script = [sys.executable, str(REPOSITORY / "launch" / "train_sequence.py"), "training.learning_rate=1"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = environment_of_child()
     done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and "training.learning_rate" in done.stderr and "Traceback" not in done.stderr
@@ -278,7 +278,7 @@ def test_the_documented_commands_train_into_the_member_that_the_export_takes(tmp
     root, output = generated(tmp_path / "root", {"mug": ["manyview_dev_0"]}), tmp_path / "OUT"
     where = f"dataset_root={root} category=mug subset_name=manyview_dev_0 output_dir={output}"
     small = [f"{key}={value}" for key, value in MODEL.items()]
-    assert train_sequence.main(["experiment=nerf_laptop", *where.split(), "training.max_steps=2", *small]) == 0
+    assert train_sequence.main(["experiment=nerf_laptop", *where.split(), "training.max_steps=2", "device=cpu", *small]) == 0
     assert (output / "mug" / "manyview_dev_0" / "nerf" / "results.json").exists()
-    assert export_submission.main(f"dataset_root={root} output_dir={output} sequence_set=dev models=[nerf]".split()) == 0
+    assert export_submission.main(f"dataset_root={root} output_dir={output} sequence_set=dev models=[nerf] device=cpu".split()) == 0
     assert (output / "submission" / "submission_manyview_dev.hdf5").exists()

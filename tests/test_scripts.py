@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import pytest
 
 from co3d_ensemble.assembly import compose_experiment
 from co3d_ensemble.scripts import READER_GONE, first_line, run_script
+from tests.children import environment_of_child
 from tests.conftest import REPOSITORY
 
 SCRIPTS = [path for folder in ("launch", "benchmarks") for path in sorted((REPOSITORY / folder).glob("*.py"))]
@@ -29,7 +29,7 @@ def test_all_scripts_were_found():
 def first_line_of(command: str) -> tuple[str, str, int]:
     """What is shown of a script whose reader goes after a line, its complaints, and its exit code."""
     program = f"import sys\nfrom co3d_ensemble.scripts import reported, run_script\n{command}"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = environment_of_child(threads=None)
     process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     line = process.stdout.readline()
     process.stdout.close()

@@ -25,7 +25,7 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "host": socket.gethostname(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},  # with its build: 2.11.0+cu130
         "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
         "cuda": torch.version.cuda,

@@ -13,7 +13,7 @@ import pytest
 
 from co3d_ensemble.fleet import session
 from co3d_ensemble.fleet.child import child_environment, start, stop
-from tests.conftest import REPOSITORY
+from tests.children import environment_of_child
 
 SLEEP = ("/bin/sh", "-c", "exec sleep 60")
 
@@ -49,7 +49,7 @@ def test_a_child_dies_with_its_worker_even_if_that_is_killed(tmp_path):
         "print(child.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = environment_of_child(threads=None)
     worker = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
     pid = int(worker.stdout.readline())
     wait_until(lambda: Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep"))  # the death signal is set by then

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import time
 import pytest
 
 from benchmarks.fleet_chaos import Agents, outcome, pretended, split_at_dashes, torment
-from tests.conftest import REPOSITORY
+from tests.children import environment_of_child
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="agents' processes are found in /proc")
 
@@ -36,7 +35,7 @@ def undisturbed(tmp_path_factory):
 
 
 def alone(script, output):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = environment_of_child()
     command = [sys.executable, *script, f"output_dir={output}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
 
@@ -64,7 +63,7 @@ def test_two_nodes_share_the_jobs_and_one_does_the_last_step(script, undisturbed
 
 def test_a_second_fleet_on_the_same_folder_names_the_first_and_leaves_it_alone(script, tmp_path):
     output, log = tmp_path / "out", open(tmp_path / "log", "wb")
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = environment_of_child()
     with log, subprocess.Popen([sys.executable, *script, f"output_dir={output}"], stdout=log, stderr=log, env=environment) as first:
         while not list(output.rglob("attempts.json")):
             time.sleep(0.05)

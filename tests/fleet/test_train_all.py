@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import subprocess
 import sys
 
@@ -15,6 +14,7 @@ from co3d_ensemble.fleet.plan import compose_models, make_plan
 from co3d_ensemble.fleet.settings import FleetConfig, split_arguments
 from co3d_ensemble.settings import settings_with_help
 from launch import status, train_all_sequences
+from tests.children import environment_of_child
 from tests.conftest import REPOSITORY
 from tests.tiny import MODEL, TENSORF, TRAINING, generated
 
@@ -41,7 +41,7 @@ def broken(root, folder):
 
 
 def run(*arguments):
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    environment = environment_of_child()
     command = [sys.executable, str(REPOSITORY / "launch" / "train_all_sequences.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
 

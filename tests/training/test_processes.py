@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -21,6 +20,7 @@ from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.processes import ALONE, joined
 from co3d_ensemble.training.records import read_metrics
 from co3d_ensemble.training.run_directory import RunDirectory, opened_by_first
+from tests.children import environment_of_child
 from tests.training import toy_task
 from tests.training.toy_task import ToyTask, run_toy, settings
 
@@ -207,7 +207,7 @@ def test_torchrun_ends_all_when_one_is_killed_and_one_alone_goes_on(tmp_path):
         capture_output=True,
         text=True,
         timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        env=environment_of_child(),
     )
     assert done.returncode != 0 and "ProcessLost: another process of this run has ended" in done.stderr
     step = Checkpoints(tmp_path / "checkpoints").load_last()["clock"]["step"]

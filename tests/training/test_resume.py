@@ -1,6 +1,5 @@
 """Runs that are stopped in every way and go on: the result is the uninterrupted run's, bit for bit."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from co3d_ensemble.base.signals import StopSignals
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.records import read_metrics
 from co3d_ensemble.training.run_directory import ConfigMismatch, RunDirectory
+from tests.children import environment_of_child
 from tests.training import toy_task
 from tests.training.toy_task import ToyTask, run_toy
 
@@ -184,8 +184,7 @@ def test_signals_are_left_alone_outside_the_main_thread():
 
 
 def start_process(folder, *options):
-    root = Path(toy_task.__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    environment = environment_of_child(threads=torch.get_num_threads())
     process = subprocess.Popen([sys.executable, toy_task.__file__, str(folder), *options], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not (folder / "checkpoints" / "last.previous.pt").exists():
