@@ -18,7 +18,7 @@ from benchmarks.common import PeakMemory, make_stepper
 from co3d_ensemble.assembly import Scene
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.metrics import iou, psnr_masked
-from co3d_ensemble.functional.types import Frame, PinholeCamera
+from co3d_ensemble.functional.types import Frame
 from co3d_ensemble.training.checkpoint import read_checkpoint, write_checkpoint
 from co3d_ensemble.training.stepper import Stepper
 from co3d_ensemble.training.validation import mean_scores, score_frame
@@ -65,26 +65,6 @@ def evaluation_steps(max_steps: int, count: int) -> list[int]:
         return [max_steps]
     steps = {round(max_steps * FIRST_SHARE ** (1 - i / (count - 1))) for i in range(count)}
     return sorted(max(1, step) for step in steps | {max_steps} if step > 0)
-
-
-def strided_camera(camera: PinholeCamera, stride: int) -> PinholeCamera:
-    """The camera whose pixel centres are those of every ``stride``-th row and column of ``camera``'s picture, from the first.
-
-    Column j of the small picture is column ``stride j`` of the large one: ``j + 0.5 = (stride j + 0.5 + (stride - 1) / 2) / stride``.
-    """
-    return replace(
-        camera,
-        focal=camera.focal / stride,
-        principal=(camera.principal + (stride - 1) / 2) / stride,
-        height=-(-camera.height // stride),
-        width=-(-camera.width // stride),
-    )
-
-
-def strided_frame(frame: Frame, stride: int) -> Frame:
-    """``frame`` at every ``stride``-th pixel, not averaged: scores of it are those of the full picture on fewer pixels."""
-    rgb, mask = (picture[:, ::stride, ::stride].contiguous() for picture in (frame.rgb, frame.mask))
-    return replace(frame, rgb=rgb, mask=mask, camera=strided_camera(frame.camera, stride), depth=None, depth_mask=None)
 
 
 @torch.no_grad()
@@ -201,7 +181,7 @@ def run_cell(
     run.folder.mkdir(parents=True, exist_ok=True)
     config = run.config
     config.training.max_steps = max_steps = run.max_steps(scene, device)
-    few = [strided_frame(frame, stride) for frame in targets]
+    few = [replace(frame, depth=None, depth_mask=None).strided(stride) for frame in targets]
     peak = PeakMemory(device)
     peak.start()
     stepper = make_stepper(config, scene, device)

@@ -50,11 +50,12 @@ from benchmarks.step_timing import (
     step_parser,
 )
 from co3d_ensemble.assembly import Scene, load_scene
+from co3d_ensemble.base.spread import evenly_spread
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.plugin.frames import load_frames
 from co3d_ensemble.plugin.model import ObjectModel
 from co3d_ensemble.scripts import run_script
-from co3d_ensemble.training.ray_bank_task import RayBankTask, evenly_spread
+from co3d_ensemble.training.ray_bank_task import RayBankTask
 
 WARM_UP = 2  # samples
 MEMORY_STEPS = 3

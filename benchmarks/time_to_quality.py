@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from omegaconf import DictConfig
 
-from benchmarks.cells import Cell, CellRun, run_cell, strided_frame
+from benchmarks.cells import Cell, CellRun, run_cell
 from benchmarks.common import MLPS, SUBSET, circumstances, crossing, experiment, find_sequence, implicitron_samples, prepare
 from co3d_ensemble.assembly import Scene, load_scene
 from co3d_ensemble.fields.occupancy import OccupancyGrid
@@ -240,7 +240,7 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
             results[run.cell.name] = run_cell(run, scene, targets, device, stride=arguments.stride, full_final=arguments.full_final)
         elif run.result is not None:
             results[run.cell.name] = run.result
-    reference = hull_reference(scene, [strided_frame(frame, arguments.stride) for frame in targets])
+    reference = hull_reference(scene, [frame.strided(arguments.stride) for frame in targets])
     result = {
         **circumstances("time_to_quality", argv, device, arguments.machine),
         "sequence": f"{category}/{SUBSET}, {len(scene.train)} frames and {len(targets)} targets of at most {arguments.longest_side} px",

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.base.quoting import literal
+from co3d_ensemble.base.spread import evenly_spread
 from co3d_ensemble.config import ExperimentConfig, ImplicitronModelConfig, ModelConfig
 from co3d_ensemble.config_checks import validate
 from co3d_ensemble.data.audit import audit_subset, hold_out, usable_frames
@@ -35,7 +36,7 @@ from co3d_ensemble.plugin.source_views import SourceSettings
 from co3d_ensemble.plugin.tensorf_model import build_tensorf
 from co3d_ensemble.settings import literal_settings
 from co3d_ensemble.training.implicitron_task import ImplicitronTask
-from co3d_ensemble.training.ray_bank_task import GridTask, RayBankTask, evenly_spread
+from co3d_ensemble.training.ray_bank_task import GridTask, RayBankTask
 from co3d_ensemble.training.task import Task
 from co3d_ensemble.training.validation import FrameValidation
 
@@ -198,7 +199,7 @@ def make_task(config: Any, training: Any, scene: Scene, device: torch.device) ->
     return make(
         model.to(device),
         RayBank(scene.train, device),
-        FrameValidation(scene.val),
+        FrameValidation.of_run(scene.val, training, training.n_rays),
         training=training,
         occupancy=config.model.occupancy,
         jitter=config.model.camera_jitter,

@@ -87,6 +87,9 @@ class OccupancyConfig:
     resolution: int = setting(128, "voxels along the longest side of the box")
     refine_from: float = setting(0.05, "share of max_steps after which the density refines the grid")
     refine_every: float = setting(0.01, "share of max_steps between two refinements")
+    refine_share: float | None = setting(
+        0.08, "a refinement looks at this many voxels per sample placed since the last one, all where that is enough; null: always at all"
+    )
     opacity_threshold: float = setting(0.005, "a voxel is empty when its opacity over one voxel length stays below this")
     decay: float = setting(0.9, "factor on a voxel's remembered density per refinement")
 
@@ -183,6 +186,9 @@ class TrainingConfig(LoopConfig):
     """Training on rays of one sequence."""
 
     n_rays: int = setting(1024, "rays per step")
+    validation_share: float | None = setting(
+        0.25, "a validation renders at most this many pixels per ray trained on since the last one, evenly spread; null: all pixels"
+    )
     lr: float = setting(5e-4, "Adam's learning rate after the warm-up; of a VM field: its factors'")
     lr_network: float | None = setting(None, "learning rate of a VM field's basis and colour network; null: lr")
     loss_weights: dict[str, float | None] = setting(
@@ -261,6 +267,9 @@ class EnsembleConfig:
     overrides: list[str] = setting([], "settings of every member; those of the command line are added")
     fusion: FusionConfig = setting(FusionConfig, "how the members are fused")
 
+
+# What runs from before a setting existed did without it: they go on so, whatever its default is now.
+BEFORE_THE_SETTING: dict[str, Any] = {"model.occupancy.refine_share": None, "training.validation_share": None}
 
 # Keys that cannot change the result: a resumed run may differ in them.
 FREE_KEYS = (

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from co3d_ensemble.assembly import load_frame, usable_subset
 from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.base.quoting import escaped
+from co3d_ensemble.base.spread import evenly_spread
 from co3d_ensemble.challenge.lpips import load_lpips
 from co3d_ensemble.data.co3d import FrameRecord, Subset
 from co3d_ensemble.files import remove_temporaries, write_json_atomic, write_text_atomic
@@ -24,7 +25,6 @@ from co3d_ensemble.pipeline import METRICS, NO_DEPTH, SHOWN_TARGETS, TargetScore
 from co3d_ensemble.rendering import resolve_device
 from co3d_ensemble.report.pictures import ensemble_sheet, save_picture
 from co3d_ensemble.training.lock import FolderLock
-from co3d_ensemble.training.ray_bank_task import evenly_spread
 from co3d_ensemble.training.run_directory import RunDirectory
 from co3d_ensemble.training.validation import mean_scores, score_frame
 

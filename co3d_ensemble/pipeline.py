@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from co3d_ensemble.assembly import load_frame, load_scene, make_task, model_of_state
 from co3d_ensemble.base.paths import plain_part
 from co3d_ensemble.base.progress import tracked
+from co3d_ensemble.base.spread import evenly_spread
 from co3d_ensemble.challenge.lpips import load_lpips, lpips_masked
 from co3d_ensemble.data.audit import camera_faults
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
@@ -30,7 +31,6 @@ from co3d_ensemble.training.budget import fit_budget
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.lock import FolderLock, RunDirectoryBusy
 from co3d_ensemble.training.loop import TrainingResult, train
-from co3d_ensemble.training.ray_bank_task import evenly_spread
 from co3d_ensemble.training.records import read_metrics
 from co3d_ensemble.training.run_directory import RunDirectory
 from co3d_ensemble.training.stepper import INITIALISATION, seed_default_generators
@@ -86,7 +86,8 @@ def _finished(run: RunDirectory) -> TrainingResult | None:
     logger.info("%s is finished: %s after %d steps", run.path, results["stopped"], results["steps"])
     logger.info("to score it again, delete %s; to train it again, set training.resume=restart", run.results_path)
     metric = best["metric"] if math.isfinite(best["metric"]) else None
-    return TrainingResult(results["steps"], results["seconds"], metric, results["best_step"], results["stopped"])
+    shares = results.get("time_shares", {})
+    return TrainingResult(results["steps"], results["seconds"], metric, results["best_step"], results["stopped"], shares)
 
 
 def load_trained(run: RunDirectory, device: torch.device) -> tuple[ObjectModel | ImplicitronModel, DictConfig]:
@@ -122,6 +123,7 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
     results = {
         **scorer.results(),
         "seconds": result.seconds,
+        "time_shares": result.time_shares,
         "steps": result.steps,
         "best_step": result.best_step,
         "stopped": result.stopped,

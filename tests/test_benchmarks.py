@@ -150,7 +150,7 @@ def test_a_strided_frame_has_the_rays_and_pixels_of_the_full_one(height, width, 
     camera = PinholeCamera(torch.eye(3), torch.tensor([0.1, 0.2, 3.0]), torch.tensor([9.0, 8.0]), torch.tensor([4.3, 3.1]), height, width)
     pixels = torch.arange(3 * height * width).reshape(3, height, width).to(torch.uint8)
     frame = Frame(name="s/0", sequence_name="s", frame_number=0, rgb=pixels, mask=pixels[:1], camera=camera)
-    small = cells.strided_frame(frame, stride)
+    small = frame.strided(stride)
     _, every = pixel_rays(camera, pixel_centers(height, width))
     _, found = pixel_rays(small.camera, pixel_centers(small.camera.height, small.camera.width))
     expected = every.reshape(height, width, 3)[::stride, ::stride].reshape(-1, 3)

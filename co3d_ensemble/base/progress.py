@@ -71,6 +71,12 @@ class Progress:
         if self._bar is not None:
             self._bar.update(count)
 
+    def expect(self, total: int) -> None:
+        """So many items are there, in place of what was said before."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.total = total
+
     def note(self, text: str, seconds_left: float | None = None) -> None:
         """What stands behind the count from now on, and a better estimate of the time left than that from the last items."""
         self._note = text

@@ -69,25 +69,28 @@ class OccupancyGrid(nn.Module):
         return ((self.box[1] - self.box[0]) / self._resolution).mean()
 
     @torch.no_grad()
-    def refine(self, density: Callable[[Tensor], Tensor], *, chunk: int = 1 << 18) -> None:
-        """Looks at one random point of every hull voxel and declares voxels empty or occupied (Mueller et al. 2022, C).
+    def refine(self, density: Callable[[Tensor], Tensor], *, part: tuple[int, int] = (0, 1), chunk: int = 1 << 18) -> None:
+        """Looks at one random point of hull voxels and declares voxels empty or occupied (Mueller et al. 2022, C).
 
-        The remembered density is the larger of the new one and ``decay`` times the old; a voxel is occupied when its
+        The remembered density is the larger of the new one and ``decay`` times the old, where only every n-th voxel is looked at
+        ``decay ** n``: forgetting takes as many refinements either way. A voxel is occupied when its
         opacity over one voxel length, or that of one of its 26 neighbours, reaches the threshold. Never leaves the hull.
         If nothing would remain, the grid is left as it is.
 
         Args:
             density: world points (n, 3) to density per world unit (n,).
+            part: (i, n): every n-th hull voxel from the i-th on; of n refinements in turn each looks at others.
             chunk: points per call.
         """
-        cells = self.hull.reshape(-1).nonzero()[:, 0]
+        which, of = part
+        cells = self.hull.reshape(-1).nonzero()[which % of :: of, 0]
         size = (self.box[1] - self.box[0]) / self._resolution
         centers = voxel_centers(self.box, tuple(self.hull.shape)).reshape(-1, 3)[cells]
         points = centers + (torch.rand_like(centers) - 0.5) * size
         new = torch.cat([density(part) for part in points.split(chunk)]) if len(points) else points[:, 0]
         remembered = self.density.reshape(-1)
         old = remembered[cells]
-        remembered[cells] = torch.where(torch.isinf(old), new, torch.maximum(new, old * self.decay))
+        remembered[cells] = torch.where(torch.isinf(old), new, torch.maximum(new, old * self.decay**of))
         opacity = -torch.expm1(-torch.where(self.hull, self.density, 0) * self.voxel_length)
         dense = (opacity >= self.opacity_threshold).float()
         grown = torch.nn.functional.max_pool3d(dense[None, None], 3, stride=1, padding=1)[0, 0] > 0

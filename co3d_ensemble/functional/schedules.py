@@ -64,6 +64,22 @@ def scaled_step(published_step: int, max_steps: int, published_max: int = PUBLIS
     return round(published_step * max_steps / published_max)
 
 
+def first_step_of(share: float, plans: Sequence[tuple[int, int]]) -> int | None:
+    """The step that something due once, at a share of a run, falls on; at least 1. None: of a plan that was left before.
+
+    Args:
+        plans: ``(from_step, max_steps)`` in order, the first from 0: what ``max_steps`` was, from which step on. A run whose length
+            is changed on its way has several. What was due under an earlier plan is not due again, and what a new plan has
+            behind it is due at once.
+    """
+    ends = [start for start, _ in plans[1:]]
+    for (start, max_steps), end in zip(plans, [*ends, math.inf]):
+        step = max(start, 1, round(share * max_steps))
+        if step < end:
+            return step
+    return None
+
+
 def due(step: int, every_share: float, max_steps: int) -> bool:
     """Whether something that happens every ``every_share`` of a run happens at ``step``; never at step 0.
 

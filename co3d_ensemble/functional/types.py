@@ -42,6 +42,14 @@ class PinholeCamera:
         scale = torch.tensor([width / self.width, height / self.height], dtype=self.focal.dtype, device=self.focal.device)
         return replace(self, focal=self.focal * scale, principal=self.principal * scale, height=height, width=width)
 
+    def strided(self, stride: int) -> PinholeCamera:
+        """The camera whose pixel centres are those of every ``stride``-th row and column of this one's picture, from the first.
+
+        Column j of the small picture is column ``stride j`` of the large one: ``j + 0.5 = (stride j + 0.5 + (stride - 1) / 2) / stride``.
+        """
+        focal, principal = self.focal / stride, (self.principal + (stride - 1) / 2) / stride
+        return replace(self, focal=focal, principal=principal, height=-(-self.height // stride), width=-(-self.width // stride))
+
 
 @dataclass(frozen=True)
 class RenderedView:
@@ -96,3 +104,9 @@ class Frame:
     camera: PinholeCamera
     depth: Tensor | None = None
     depth_mask: Tensor | None = None
+
+    def strided(self, stride: int) -> Frame:
+        """This frame at every ``stride``-th pixel, not averaged: scores of it are those of the full picture on fewer pixels."""
+        pictures = {name: getattr(self, name) for name in ("rgb", "mask", "depth", "depth_mask")}
+        fewer = {name: None if picture is None else picture[:, ::stride, ::stride].contiguous() for name, picture in pictures.items()}
+        return replace(self, camera=self.camera.strided(stride), **fewer)

@@ -75,6 +75,12 @@ class ObjectModel(nn.Module):
     def occupancy(self) -> OccupancyGrid | None:
         return self.renderer.occupancy
 
+    @property
+    def samples_per_ray(self) -> int:
+        """That a step places on a ray, over all passes: every later pass sees those of the first as well."""
+        later = len(self.functions) - 1
+        return self.n_pts_per_ray + later * (self.n_pts_per_ray + (self.renderer.n_pts_per_ray_fine if later else 0))
+
     def bundle(self, origins: Tensor, directions: Tensor) -> ImplicitronRayBundle:
         """Coarse samples, stratified in training, on rays (n, 3) with unit directions; bundle of shape (n, n_pts_per_ray)."""
         if self.clips_to_box:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from co3d_ensemble.training.processes import ALONE, Processes
 from co3d_ensemble.training.run_directory import RunDirectory
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 3  # compilation, first allocations
 MIN_TIMED_STEPS = 5
-PROBE_SHARE = 0.05  # of the budget spent on timing steps
+PROBE_SHARE = 0.03  # of the budget spent on timing steps
 MAX_PROBE_SECONDS = 20.0
 
 
@@ -54,7 +54,10 @@ def fit_budget(
         return config
     seconds = 60.0 * config.budget_minutes
     start = time.perf_counter()
-    probe = measure_speed(make_task, config, torch.device(device), min(MAX_PROBE_SECONDS, PROBE_SHARE * seconds), processes)
+    probe_seconds = min(MAX_PROBE_SECONDS, PROBE_SHARE * seconds)
+    rough = measure_speed(make_task, config, torch.device(device), probe_seconds / 4, processes, steps_only=True)
+    guess = OmegaConf.merge(config, {"max_steps": max(1, int(seconds / rough.step_seconds))})  # validations and refinements follow it
+    probe = measure_speed(make_task, guess, torch.device(device), probe_seconds, processes)
     return processes.from_first(lambda: _fix_steps(run, config, probe, seconds, time.perf_counter() - start))
 
 
@@ -88,6 +91,7 @@ def _fix_steps(run: RunDirectory, config: DictConfig, probe: Speed, seconds: flo
         "seconds_per_validation": probe.validation_seconds,
         "structure_changes": probe.n_changes,
         "seconds_per_structure_change": probe.change_seconds,
+        "seconds_of_the_probe": spent,
     }
     logger.info("a budget of %g minutes allows %d steps: %s", config.budget_minutes, max_steps, found)
     run.fix_max_steps(max_steps, found)
@@ -110,9 +114,19 @@ class Speed:
 
 
 def measure_speed(
-    make_task: Callable[[Any], Task], config: DictConfig, device: torch.device, seconds: float, processes: Processes = ALONE
+    make_task: Callable[[Any], Task],
+    config: DictConfig,
+    device: torch.device,
+    seconds: float,
+    processes: Processes = ALONE,
+    *,
+    steps_only: bool = False,
 ) -> Speed:
-    """Times steps for about ``seconds``, then a validation and a structure change, on a task that is thrown away."""
+    """Times steps for about ``seconds``, then a validation and a structure change, on a task that is thrown away.
+
+    Args:
+        steps_only: leave out the latter two, which then count as free.
+    """
     seed_default_generators(config.seed, INITIALISATION)
     task = make_task(config)
     if hasattr(task, "settle"):
@@ -129,6 +143,8 @@ def measure_speed(
             step += 1
         stepper.check()
     step_seconds = (time.perf_counter() - start) / (step - WARM_UP_STEPS)
+    if steps_only:
+        return Speed(step_seconds, 0.0, 0, 0.0)
     start = time.perf_counter()
     task.model.eval()
     with torch.no_grad():

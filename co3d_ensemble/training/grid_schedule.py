@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from co3d_ensemble.functional.schedules import first_step_of
 from co3d_ensemble.functional.vm import voxel_counts
 
 
@@ -22,7 +24,9 @@ class Upsample:
     n_voxels: int
 
 
-def grid_changes(step: int, max_steps: int, *, resolution: int, schedule: Any) -> list[Shrink | Upsample]:
+def grid_changes(
+    step: int, max_steps: int, *, resolution: int, schedule: Any, plans: Sequence[tuple[int, int]] = ()
+) -> list[Shrink | Upsample]:
     """The changes that precede ``step``, in order: crops first, so that voxels are not spent on what is cropped away.
 
     A share of ``max_steps`` is rounded to a whole step, at least 1: nothing changes before the first update. Of several
@@ -31,15 +35,13 @@ def grid_changes(step: int, max_steps: int, *, resolution: int, schedule: Any) -
     Args:
         resolution: cube root of the voxel count at the start.
         schedule: a ``GridScheduleConfig`` or a node of its shape.
+        plans: of a run whose ``max_steps`` was changed on its way, all of them, see ``first_step_of``.
     """
+    plans = plans or ((0, max_steps),)
     changes: list[Shrink | Upsample] = [
-        Shrink(number) for number, share in enumerate(schedule.shrink_at) if _step_of(share, max_steps) == step
+        Shrink(number) for number, share in enumerate(schedule.shrink_at) if first_step_of(share, plans) == step
     ]
     shares = schedule.upsample_at
     counts = voxel_counts(resolution**3, schedule.final_resolution**3, len(shares)) if shares else []
-    grown = [count for share, count in zip(shares, counts, strict=True) if _step_of(share, max_steps) == step]
+    grown = [count for share, count in zip(shares, counts, strict=True) if first_step_of(share, plans) == step]
     return [*changes, *(Upsample(count) for count in grown[-1:])]
-
-
-def _step_of(share: float, max_steps: int) -> int:
-    return max(1, round(share * max_steps))

@@ -55,7 +55,7 @@ class ImplicitronTask:
         self.loss_weights = dict(model.loss_weights)
         self.rays_per_step = model.rays_per_step(frames_per_step)
         self._train = [_resident(frame, device) for frame in train_frames]
-        self._validation = FrameValidation(val_frames)
+        self._validation = FrameValidation.of_run(val_frames, training, self.rays_per_step)
         self._lr = training.lr
         self._frames_per_step = frames_per_step
         self._chunk_rays = chunk_rays

@@ -20,7 +20,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,10 @@ from co3d_ensemble.training.task import Task
 logger = logging.getLogger(__name__)
 
 CRITERION = "psnr_masked"  # the validation metric that picks the best checkpoint and stops early, unless the task names one
+REPLAN_AT = (0.35, 0.5, 0.65, 0.8, 0.9)  # shares of a run with a budget; a grid has grown and empty space is known by the first
+RATED_SHARE = 0.1  # of max_steps: the last steps, by whose speed it is done
+NEGLIGIBLE_CHANGE = 0.01  # of max_steps
+MAX_GROWTH = 4  # most steps added at once, in max_steps
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class TrainingResult:
         seconds: wall-clock time of the loop, over all resumes.
         best_metric, best_step: the criterion of ``best.pt``, psnr_masked in dB unless the task names another (None: never a
             number), and the updates it had.
+        time_shares: of those seconds, by what they went to: ``steps``, ``refinement`` (structure changes), ``validation``, ``checkpoints``.
         stopped: ``max_steps``, ``early_stopping``, ``interrupted`` (Ctrl-C) or ``preempted`` (SIGTERM); a signal counts also where
             it came with the last step or after it.
     """
@@ -58,11 +63,15 @@ class TrainingResult:
     best_metric: float | None
     best_step: int
     stopped: str
+    time_shares: dict[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def exit_status(self) -> int:
         """0 for a finished run, else ``EXIT_INTERRUPTED`` or ``EXIT_PREEMPTED``."""
         return EXIT_STATUS.get(self.stopped, 0)
+
+
+_LATER_PARTS = ("plans", "replans", "spent")  # of the clock, which checkpoints from before them lack
 
 
 @dataclass
@@ -76,12 +85,15 @@ class _Clock:
     validations_without_gain: int = 0
     seconds: float = 0.0
     stopped: str = ""
+    plans: list[list[int]] = field(default_factory=list)  # [from_step, max_steps]: one, or more where max_steps changed on the way
+    replans: int = 0  # how often a budget was looked at again
+    spent: dict[str, float] = field(default_factory=dict)  # seconds by what they went to, steps left out
 
     @staticmethod
     def check(saved: dict[str, Any]) -> None:
         """Raises ``KeyError`` or ``TypeError`` where a saved value is missing or of another type: a checkpoint may hold anything."""
         for name, default in asdict(_Clock()).items():
-            value = saved[name]
+            value = saved.get(name, default) if name in _LATER_PARTS else saved[name]
             if not isinstance(value, (int, float) if isinstance(default, float) else type(default)) or isinstance(value, bool):
                 raise TypeError(f"its clock has {name}={value!r}")
 
@@ -118,7 +130,9 @@ def train(task: Task, config: Any, run: RunDirectory | None, device: torch.devic
     best = clock.best_metric if math.isfinite(clock.best_metric) else None
     shown = (reason, clock.step, clock.seconds, loop.criterion, best, clock.best_step)
     logger.info("%s after %d steps and %.0f s, best %s %s at step %d", *shown)
-    return TrainingResult(clock.step, clock.seconds, best, clock.best_step, reason)
+    shares = loop.time_shares()
+    logger.info("time: %s", ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()))
+    return TrainingResult(clock.step, clock.seconds, best, clock.best_step, reason, shares)
 
 
 def _load(run: RunDirectory, config: Any, device: torch.device) -> dict[str, Any] | None:
@@ -134,7 +148,7 @@ def _load(run: RunDirectory, config: Any, device: torch.device) -> dict[str, Any
     check_parts(path, saved, LAST_PARTS)
     with restoring(path):
         _Clock.check(saved["clock"])
-    if saved["config_digest"] != run.config_digest:
+    if not run.is_own(saved["config_digest"]):
         raise ConfigMismatch(run.path, {"checkpoint": (saved["config_digest"][:12], run.config_digest[:12])})
     if saved["clock"]["best_step"] and not checkpoints.has_good_best():
         saved["clock"] |= {"best_metric": -math.inf, "best_step": 0}
@@ -152,6 +166,8 @@ class _Loop:
         self.stepper = Stepper(task, config, deferred=device.type == "cuda", processes=processes)
         self.clock = _Clock()
         self._validation_seconds = 0.0
+        self._structure_seen = getattr(task, "structure_time", 0.0)
+        self._marks: list[tuple[int, float]] = []  # (step, seconds in steps and structure changes so far), for a budget
         self._started = self._saved_at = self._window_start = time.perf_counter()
         self._window_step = 0
 
@@ -161,6 +177,8 @@ class _Loop:
             self.stepper.load_state_dict(saved)
         self.clock = _Clock(**saved["clock"])
         self._started -= self.clock.seconds
+        if self.clock.plans and self.clock.plans[-1][1] != self.config.max_steps:  # stopped between the checkpoint and the budget's file
+            self._set_max_steps(self.clock.plans[-1][1])
         logger.info("going on from step %d", self.clock.step)
 
     def records(self) -> Records | NoRecords:
@@ -180,6 +198,8 @@ class _Loop:
     def run(self, records: Records | NoRecords, signals: StopSignals) -> str:
         """Until the end or a signal to any process; returns which."""
         finished_before = bool(self.clock.stopped)
+        self.clock.plans = self.clock.plans or [[0, self.config.max_steps]]
+        self._tell_plans()
         self.task.model.train()
         self._open_window()
         reason, _ = self._agreed(signals)
@@ -195,6 +215,8 @@ class _Loop:
                 records.advance()
                 if self.clock.step % self.config.log_every == 0 or self.clock.step == self.config.max_steps:
                     self._log(records)
+                if self._replan_due():
+                    self._replan(records)
             reason, save = self._agreed(signals)
             if save:
                 self._save_last()
@@ -239,6 +261,7 @@ class _Loop:
                 clock.validations_without_gain += 1
         clock.validated_step = clock.step
         self._validation_seconds = time.perf_counter() - start
+        self._spend("validation", self._validation_seconds)
         records.validation(clock.step, metrics, self.task.pictures(), seconds=self._validation_seconds)
 
     def _decide(self) -> None:
@@ -265,12 +288,81 @@ class _Loop:
     def _save_last(self) -> None:
         self.stepper.check()
         start = time.perf_counter()
+        self._note_structure()
         self.clock.seconds = start - self._started
         if self.checkpoints is not None:
             more = {"clock": asdict(self.clock), "config_digest": self._config_digest}
             self.checkpoints.save_last({**self.stepper.state_dict(), **more})
         self._saved_at = time.perf_counter()
+        self._spend("checkpoints", self._saved_at - start)
         self._window_start += self._saved_at - start
+
+    def _spend(self, what: str, seconds: float) -> None:
+        self.clock.spent[what] = self.clock.spent.get(what, 0.0) + seconds
+
+    def _note_structure(self) -> None:
+        now = getattr(self.task, "structure_time", 0.0)
+        self._spend("refinement", now - self._structure_seen)
+        self._structure_seen = now
+
+    def time_shares(self) -> dict[str, float]:
+        """Of the run's seconds so far, over all resumes, by what they went to."""
+        self._note_structure()
+        spent = {name: self.clock.spent.get(name, 0.0) for name in ("refinement", "validation", "checkpoints")}
+        total = max(self.clock.seconds, sum(spent.values()), 1e-9)
+        return {"steps": 1.0 - sum(spent.values()) / total, **{name: seconds / total for name, seconds in spent.items()}}
+
+    def _seconds_in_steps(self) -> float:
+        """So far, structure changes included."""
+        out = self.clock.spent.get("validation", 0.0) + self.clock.spent.get("checkpoints", 0.0)
+        return time.perf_counter() - self._started - out
+
+    def _replan_due(self) -> bool:
+        if self.config.get("budget_minutes") is None or self.clock.replans >= len(REPLAN_AT):
+            return False
+        return self.config.max_steps > self.clock.step >= REPLAN_AT[self.clock.replans] * self.config.max_steps
+
+    def _replan(self, records: Records | NoRecords) -> None:
+        """Brings ``max_steps`` to what the speed of the last steps allows in what is left of the budget."""
+        self.stepper.check()
+        self.clock.replans += 1
+        max_steps = self.processes.from_first(self._affordable_steps)
+        if abs(max_steps - self.config.max_steps) <= NEGLIGIBLE_CHANGE * self.config.max_steps:
+            return
+        logger.info("budget: %d steps in place of %d, by the speed of the last ones", max_steps, self.config.max_steps)
+        self.clock.plans.append([self.clock.step, max_steps])
+        self._set_max_steps(max_steps)
+        self._tell_plans()
+        records.planned(max_steps)
+        self._save_last()
+        if self._run is not None:
+            self._run.fix_max_steps(max_steps, {key: value for key, value in (self._run.budget or {}).items() if key != "max_steps"})
+
+    def _affordable_steps(self) -> int:
+        clock, now = self.clock, self._seconds_in_steps()
+        budget = (self._run.budget or {}) if self._run is not None else {}
+        elapsed = budget.get("seconds_of_the_probe", 0.0) + time.perf_counter() - self._started
+        window = RATED_SHARE * self.config.max_steps
+        far_enough = [mark for mark in self._marks if clock.step - mark[0] >= window]
+        first, then = [(clock.step, now), *self._marks[:1], *far_enough][-1]
+        if first >= clock.step:
+            return self.config.max_steps
+        per_step = (now - then) / (clock.step - first)
+        left = 60.0 * self.config.budget_minutes - elapsed - self._validations_left() * self._validation_seconds
+        steps = round(left / per_step * (1.0 - clock.spent.get("checkpoints", 0.0) / max(elapsed, 1e-9)))
+        return clock.step + min(max(steps, 1), MAX_GROWTH * self.config.max_steps)
+
+    def _validations_left(self) -> int:
+        interval = max(1, round(self.config.validate_every * self.config.max_steps))
+        return math.ceil((self.config.max_steps - self.clock.step) / interval)
+
+    def _set_max_steps(self, max_steps: int) -> None:
+        """In the settings that task, stepper and loop share."""
+        self.config.max_steps = max_steps
+
+    def _tell_plans(self) -> None:
+        if hasattr(self.task, "planned"):
+            self.task.planned([tuple(plan) for plan in self.clock.plans])
 
     def _open_window(self) -> None:
         self._window_start, self._window_step = time.perf_counter(), self.clock.step
@@ -280,8 +372,8 @@ class _Loop:
         step = self.clock.step
         seconds_per_step = (time.perf_counter() - self._window_start) / (step - self._window_step)
         rays = getattr(self.task, "rays_per_step", None)
-        steps_left = self.config.max_steps - step
-        validations_left = math.ceil(steps_left / (self.config.validate_every * self.config.max_steps))
+        steps_left, validations_left = self.config.max_steps - step, self._validations_left()
+        self._marks.append((step, self._seconds_in_steps()))
         records.training(
             step,
             self.stepper.take_window(),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ class RayBankTask:
         self.rays_per_step = training.n_rays
         model.bounded = model.box.is_cuda
         self._bounded_from: int | None = None
+        self.structure_time = 0.0
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return self.model.parameter_groups(self._training.lr, self._training.lr_network)
@@ -78,7 +80,8 @@ class RayBankTask:
         On CUDA the rooms for samples also follow the counts, so that steps do not wait for the device.
         """
         if self._refines_at(step):
-            self.model.occupancy.refine(self.model.density)
+            with self._timed():
+                self.model.occupancy.refine(self.model.density, part=self._refined_part(step))
         self._follow_counts(step)
         return False
 
@@ -92,7 +95,8 @@ class RayBankTask:
         if count == 0:
             return 0, 0.0
         start = time.perf_counter()
-        grid.refine(self.model.density)  # ends by asking the device whether anything is left, so it is over by then
+        part = self._refined_part(first * self._refine_interval)
+        grid.refine(self.model.density, part=part)  # ends by asking the device whether anything is left, so it is over by then
         return count, time.perf_counter() - start
 
     def _follow_counts(self, step: int, *, changed: bool = False) -> None:
@@ -104,6 +108,32 @@ class RayBankTask:
             self._bounded_from = step + EXACT_STEPS
         if step >= self._bounded_from:
             self.model.follow_counts()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Adds what the block takes to ``structure_time``; waits for the device, so that nothing else is counted."""
+        device = self.model.box.device
+        for ends in (False, True):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if not ends:
+                start = time.perf_counter()
+                yield
+        self.structure_time += time.perf_counter() - start
+
+    @property
+    def _refine_interval(self) -> int:
+        return max(1, round(self._occupancy.refine_every * self._training.max_steps))
+
+    def _refined_part(self, step: int) -> tuple[int, int]:
+        """Which voxels the refinement at ``step`` looks at, for ``OccupancyGrid.refine``: steps and refinements of a scene with
+        another hull cost more or less alike, so their ratio depends on the size of the whole grid, not on the hull's."""
+        share, interval = self._occupancy.refine_share, self._refine_interval
+        if share is None:
+            return 0, 1
+        looked_at = share * interval * self._training.n_rays * self.model.samples_per_ray
+        n = math.ceil(self.model.occupancy.hull.numel() / looked_at)
+        return step // interval % n, n
 
     def _refines_at(self, step: int) -> bool:
         schedule, max_steps = self._occupancy, self._training.max_steps
@@ -126,12 +156,18 @@ class GridTask(RayBankTask):
         super().__init__(*args, **kwargs)
         self._resolution, self._grid = resolution, grid
         self._operations: list[Mapped] = []
+        self._plans: Sequence[tuple[int, int]] = ()
+
+    def planned(self, plans: Sequence[tuple[int, int]]) -> None:
+        self._plans = plans
 
     def structure(self, step: int) -> bool:
         super().structure(step)
-        changes = grid_changes(step, self._training.max_steps, resolution=self._resolution, schedule=self._grid)
-        self._operations = [self._apply(change) for change in changes]
+        max_steps = self._training.max_steps
+        changes = grid_changes(step, max_steps, resolution=self._resolution, schedule=self._grid, plans=self._plans)
         if changes:
+            with self._timed():
+                self._operations = [self._apply(change) for change in changes]
             self._follow_counts(step, changed=True)
         return bool(changes)
 
@@ -170,10 +206,3 @@ class GridTask(RayBankTask):
 
 def _is_factor(name: str) -> bool:
     return "_planes." in name or "_lines." in name
-
-
-def evenly_spread(items: list[Any], at_most: int) -> list[Any]:
-    """At most ``at_most`` of the items, evenly spread, in order."""
-    if len(items) <= at_most:
-        return items
-    return [items[i] for i in torch.linspace(0, len(items) - 1, at_most).round().long().tolist()]

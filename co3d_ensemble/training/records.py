@@ -73,6 +73,10 @@ class Progress:
     def advance(self) -> None:
         self._shown.advance()
 
+    def planned(self, max_steps: int) -> None:
+        """The run has another length from now on."""
+        self._shown.expect(max_steps)
+
     def show(self, losses: Mapping[str, float], rays_per_second: float | None, seconds_left: float | None) -> None:
         self._parts = [] if rays_per_second is None else [f"{rays_per_second:,.0f} rays/s"]
         self._parts += [f"{name.removeprefix('loss_')} {value:.4g}" for name, value in losses.items()]  # last: a narrow bar cuts the end
@@ -133,6 +137,9 @@ class Records:
         """One more update on the bar."""
         self._progress.advance()
 
+    def planned(self, max_steps: int) -> None:
+        self._progress.planned(max_steps)
+
     def training(
         self,
         step: int,
@@ -179,6 +186,9 @@ class NoRecords:
         pass
 
     def advance(self) -> None:
+        pass
+
+    def planned(self, max_steps: int) -> None:
         pass
 
     def training(self, *_: object, **__: object) -> None:

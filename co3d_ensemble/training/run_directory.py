@@ -19,7 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from co3d_ensemble.base.quoting import with_escapes
-from co3d_ensemble.config import FREE_KEYS
+from co3d_ensemble.config import BEFORE_THE_SETTING, FREE_KEYS
 from co3d_ensemble.files import remove_temporaries, write_json_atomic, write_text_atomic
 from co3d_ensemble.training.environment import describe_environment
 from co3d_ensemble.training.lock import FolderLock
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 RESUME_MODES = ("auto", "never", "restart")
 _ABSENT = "<absent>"
-_LOSS_WEIGHTS = "training.loss_weights"
+_LOSS_WEIGHTS, _MAX_STEPS = "training.loss_weights", "training.max_steps"
 
 
 class RunExists(RuntimeError):
@@ -81,8 +81,18 @@ class RunDirectory:
 
     @property
     def config_digest(self) -> str:
-        """Hash of every setting that can change the result."""
+        """Hash of every setting that can change the result; the steps of a run with a budget may change on its way."""
+        return self._digest(leave_out_steps=self.budget is not None)
+
+    def is_own(self, digest: str) -> bool:
+        """Whether a checkpoint with this digest is of this run's configuration."""
+        return digest in (self.config_digest, self._digest(leave_out_steps=False))  # the latter: of a budget before steps could change
+
+    def _digest(self, *, leave_out_steps: bool) -> str:
         settings = {key: value for key, value in flattened(self.config).items() if not is_free(key, self._free_keys)}
+        settings = {key: value for key, value in settings.items() if value is not None or key not in BEFORE_THE_SETTING}
+        if leave_out_steps:
+            del settings[_MAX_STEPS]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
     @classmethod
@@ -124,7 +134,7 @@ class RunDirectory:
             yield run
 
     def fix_max_steps(self, max_steps: int, probe: dict[str, Any]) -> None:
-        """Makes ``max_steps``, found by a probe, part of the configuration, once and for all resumes."""
+        """Makes ``max_steps``, as a budget has it so far, part of the configuration, for all resumes."""
         write_json_atomic(self.budget_path, {"max_steps": max_steps, **probe})
         self._settle(self.config)
 
@@ -132,11 +142,14 @@ class RunDirectory:
         """Writes the configuration; the steps that a budget fixed win over the default they replaced."""
         budget = self.budget
         if budget is not None and OmegaConf.select(config, "training.budget_minutes") is not None:
-            OmegaConf.update(config, "training.max_steps", budget["max_steps"])
+            OmegaConf.update(config, _MAX_STEPS, budget["max_steps"])
         if self.config_path.exists():
             stored = self.config
+            for key, value in BEFORE_THE_SETTING.items():
+                if OmegaConf.select(config, key) is not None and key not in flattened(stored):
+                    OmegaConf.update(config, key, value)
             if budget is not None:
-                OmegaConf.update(stored, "training.max_steps", budget["max_steps"])  # killed between the two files
+                OmegaConf.update(stored, _MAX_STEPS, budget["max_steps"])  # killed between the two files
             differences = config_differences(stored, config, self._free_keys)
             if differences and any(self.checkpoints.glob("*.pt")):
                 raise ConfigMismatch(self.path, differences)

@@ -20,6 +20,10 @@ class Task(Protocol):
             model changed. Without it, changes count as free.
         settle() -> None: brings a task that is thrown away to the structure that most steps of a run have, before a time
             budget times steps on it.
+        structure_time: seconds that structure changes of this task took so far; the loop reports their share.
+        planned(plans) -> None: the run's length was changed on its way, or is that of a run that goes on: ``(from_step, max_steps)``
+            in order, see :func:`~co3d_ensemble.functional.schedules.first_step_of`. For a task that changes something once, at a
+            share of the run. ``max_steps`` of the training settings that the task was made with is the newest one's by then.
         penalty_names, add_penalties(weights) -> losses: penalties on the parameters that the task differentiates itself. The
             names have their weights among those of the losses; the call, after the backward pass, adds the gradient of the
             weighted sum to the parameters' ``grad`` and returns the unweighted values.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from co3d_ensemble.training import budget as budgets
+from co3d_ensemble.training import loop as loops
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.finite_guard import NonFiniteLoss
 from co3d_ensemble.training.loop import TrainingResult, train
@@ -242,7 +243,7 @@ def clock(monkeypatch):
         now += seconds
 
     stopped = types.SimpleNamespace(perf_counter=lambda: now, sleep=sleep)
-    for module in (budgets, toy_task):
+    for module in (budgets, loops, toy_task):
         monkeypatch.setattr(module, "time", stopped)
 
 
@@ -256,33 +257,86 @@ def test_a_budget_sets_the_steps_once_and_resumes_keep_them(tmp_path, clock):
     assert again.steps == result.steps
 
 
-def test_a_budget_leaves_room_for_the_structure_changes_that_the_probe_did_not_meet(tmp_path, clock):
-    class Refining(ToyTask):
-        def structure_seconds(self):
-            return 8, 0.06
+class Refining(ToyTask):
+    """Its structure changes take time, at some shares of the run."""
 
+    changes, seconds = 8, 0.06
+
+    def structure(self, step):
+        interval = max(1, self.config.max_steps // self.changes)
+        if step and step % interval == 0:
+            time_of_tasks().sleep(self.seconds)
+        return super().structure(step)
+
+    def structure_seconds(self):
+        return self.changes, self.seconds
+
+
+def time_of_tasks():
+    return toy_task.time
+
+
+def test_a_budget_leaves_room_for_the_structure_changes_that_the_probe_did_not_meet(tmp_path, clock):
     free, _ = run_toy(tmp_path / "free", make_task=lambda config: ToyTask(config, sleep=0.004), budget_minutes=0.02)
     paid, _ = run_toy(tmp_path / "paid", make_task=lambda config: Refining(config, sleep=0.004), budget_minutes=0.02)
     budget = json.loads((tmp_path / "paid" / "budget.json").read_text())
     assert (budget["structure_changes"], budget["seconds_per_structure_change"]) == (8, 0.06)
     assert 8 < paid.steps < free.steps
-    planned = budget["max_steps"] * budget["seconds_per_step"] + 4 * budget["seconds_per_validation"] + 8 * 0.06
-    assert 0.8 * 1.2 < planned < 1.2  # seconds; the probe took the rest
+    assert 0.9 * 1.2 < paid.seconds + budget["seconds_of_the_probe"] < 1.1 * 1.2
 
 
-def test_a_budget_with_fewer_steps_than_structure_changes_pays_one_change_a_step(tmp_path, clock):
-    class Refining(ToyTask):
+def test_a_budget_with_fewer_steps_than_structure_changes_pays_one_change_a_step(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(loops, "REPLAN_AT", ())  # the first plan is meant
+
+    class Often(ToyTask):
         def structure_seconds(self):
             return 1000, 0.05
 
-    result, _ = run_toy(tmp_path, make_task=lambda config: Refining(config, sleep=0.004), budget_minutes=0.02)
+    result, _ = run_toy(tmp_path, make_task=lambda config: Often(config, sleep=0.004), budget_minutes=0.02)
     assert 5 < result.steps < 1.2 / 0.054
+
+
+@pytest.mark.parametrize("factor", [0.4, 1.0, 2.5])
+def test_a_budget_is_kept_where_the_speed_changes_on_the_way(tmp_path, clock, factor):
+    class Changing(ToyTask):
+        def structure(self, step):
+            self.sleep = 0.004 * (factor if step > 0.2 * first[0] else 1.0)
+            first[0] = first[0] or self.config.max_steps
+            return super().structure(step)
+
+    first = [0]
+    result, task = run_toy(tmp_path, make_task=lambda config: Changing(config, sleep=0.004), budget_minutes=0.05, max_steps=10)
+    budget = json.loads((tmp_path / "budget.json").read_text())
+    assert 0.9 * 3 < result.seconds + budget["seconds_of_the_probe"] < 1.1 * 3
+    assert result.steps == task.config.max_steps == budget["max_steps"] == RunDirectory(tmp_path).config.training.max_steps
+
+
+def test_a_run_whose_budget_was_planned_anew_goes_on_from_there(tmp_path, clock):
+    class Slowing(ToyTask):
+        def structure(self, step):
+            self.sleep = 0.002 if step < 60 else 0.004
+            if step == dies_at:
+                raise KeyboardInterrupt
+            return super().structure(step)
+
+    dies_at, options = 130, {"budget_minutes": 0.01, "make_task": lambda config: Slowing(config, sleep=0.002)}
+    with pytest.raises(KeyboardInterrupt):
+        run_toy(tmp_path, **options)
+    planned = json.loads((tmp_path / "budget.json").read_text())["max_steps"]
+    saved = Checkpoints(tmp_path / "checkpoints").load_last()["clock"]
+    assert saved["plans"][-1][1] == planned < saved["plans"][0][1]
+    dies_at = None
+    budget = json.loads((tmp_path / "budget.json").read_text())
+    (tmp_path / "budget.json").write_text(json.dumps(budget | {"max_steps": saved["plans"][0][1]}))  # killed between the two files
+    result, task = run_toy(tmp_path, **options)
+    assert result.steps == task.config.max_steps and result.stopped == "max_steps"
+    assert 0.9 * 0.6 < result.seconds + budget["seconds_of_the_probe"] < 1.1 * 0.6 + 0.3  # what the killed one had done is lost
 
 
 def test_the_probe_leaves_no_trace_in_the_weights(tmp_path, clock):
     make = lambda config: ToyTask(config, sleep=0.002)
     result, probed = run_toy(tmp_path / "a", make_task=make, budget_minutes=0.005)
-    _, plain = run_toy(tmp_path / "b", max_steps=result.steps)
+    _, plain = run_toy(tmp_path / "b", make_task=make, max_steps=result.steps)
     expected = plain.model.state_dict()
     assert all(torch.equal(expected[name], value) for name, value in probed.model.state_dict().items())
 

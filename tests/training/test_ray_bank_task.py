@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import co3d_ensemble.plugin  # noqa: F401 - makes pytorch3d importable
+from co3d_ensemble.base.spread import evenly_spread
 from co3d_ensemble.config import CameraJitterConfig, ModelConfig, NeRFConfig, OccupancyConfig, RendererConfig, TrainingConfig
 from co3d_ensemble.data.ray_bank import RayBank
 from co3d_ensemble.functional.cameras import angle_between, so3_exp
 from co3d_ensemble.functional.types import Frame, PinholeCamera
 from co3d_ensemble.plugin.model import build_nerf
-from co3d_ensemble.training.ray_bank_task import RayBankTask, evenly_spread
+from co3d_ensemble.training.ray_bank_task import RayBankTask
 from co3d_ensemble.training.validation import FrameValidation
 
 BOX = torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]])
@@ -124,7 +125,7 @@ def test_only_the_extrinsics_mode_moves_the_cameras_about_the_middle_of_the_box(
 def test_the_grid_is_refined_from_its_first_due_step_on_and_at_the_asked_interval():
     t = task(refine_from=0.3, refine_every=0.1)
     refined = []
-    t.model.occupancy.refine = lambda density: refined.append(density)
+    t.model.occupancy.refine = lambda density, part: refined.append(density)
     for step in range(100):
         assert t.structure(step) is False
     assert len(refined) == 7  # 30, 40, ..., 90
@@ -140,7 +141,7 @@ def test_the_grid_is_refined_from_its_first_due_step_on_and_at_the_asked_interva
 def test_the_announced_refinements_are_those_of_a_run_and_one_is_made_to_time_it(refine_from, refine_every):
     t = task(refine_from=refine_from, refine_every=refine_every, max_steps=1000)
     refined = []
-    t.model.occupancy.refine = lambda density: refined.append(time.sleep(0.01))
+    t.model.occupancy.refine = lambda density, part: refined.append(time.sleep(0.01))
     count, seconds = t.structure_seconds()
     assert len(refined) == (count > 0) and (seconds >= 0.01) == (count > 0)
     refined.clear()
