@@ -26,6 +26,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import co3d_ensemble  # noqa: F401  (before torch, see co3d_ensemble/base/threads.py)
+
+# isort: split
 from torch.distributed import TCPStore
 
 from co3d_ensemble.base.signals import EXIT_PREEMPTED, StopSignals

@@ -12,6 +12,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import co3d_ensemble  # noqa: F401  (before torch, see co3d_ensemble/base/threads.py)
+
+# isort: split
 import torch
 
 from co3d_ensemble.base.quoting import override
