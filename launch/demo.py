@@ -29,12 +29,16 @@ from co3d_ensemble.settings import setting
 from co3d_ensemble.submission import export_submission
 
 CATEGORY, SUBSET = "mug", "manyview_dev_0"
+SHARES = {"nerf": 0.4, "tensorf": 0.6}  # of the time for training
 
 
 @dataclass
 class DemoConfig:
     output: str = setting("demo_output", "folder of everything that is written", literal=True)
     steps: int | None = None  # of every member
+    output: str = "demo_output"
+    minutes: float = 2.5  # of training, for both members together
+    steps: int | None = None  # of every member, whatever that takes, in place of the minutes
     device: str = "auto"
 
 
@@ -56,6 +60,12 @@ def demo(options: DemoConfig) -> int:
     overrides = ["experiment=ensemble_demo", override("dataset_root", root), f"category={CATEGORY}", f"subset_name={SUBSET}"]
     overrides += [override("output_dir", output), f"device={options.device}"]
     overrides += [] if options.steps is None else [f"training.max_steps={options.steps}"]
+    overrides = ["experiment=ensemble_demo", f"dataset_root={root}", f"category={CATEGORY}", f"subset_name={SUBSET}"]
+    overrides += [f"output_dir={output}", f"device={options.device}"]
+    if options.steps is not None:
+        overrides += ["training.budget_minutes=null", f"training.max_steps={options.steps}"]
+    else:
+        overrides += [f"members.{name}.overrides.training.budget_minutes={share * options.minutes}" for name, share in SHARES.items()]
     config, members = compose_ensemble(overrides)
     status, results = train_ensemble(config, members)
     if results is None:
