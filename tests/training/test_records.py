@@ -1,5 +1,6 @@
 import json
 import logging
+import time
 
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -52,6 +53,7 @@ def test_values_that_json_lacks_are_null(tmp_path):
 def test_events_hold_losses_rates_speed_metrics_and_pictures_and_a_resume_purges_later_ones(tmp_path):
     with make_records(tmp_path) as records:
         log(records, 10, 20, 30)
+    time.sleep(1.01)  # files are read in the order of their names, which begin with the second; a later start is a later one
     with make_records(tmp_path, step=20, validated_step=0) as records:
         log(records, 25)
         records.validation(25, {"psnr_masked": 2.0}, [("val/frame", torch.zeros(3, 4, 4, dtype=torch.uint8))], seconds=0.1)
