@@ -35,8 +35,6 @@ SHARES = {"nerf": 0.4, "tensorf": 0.6}  # of the time for training
 @dataclass
 class DemoConfig:
     output: str = setting("demo_output", "folder of everything that is written", literal=True)
-    steps: int | None = None  # of every member
-    output: str = "demo_output"
     minutes: float = 2.5  # of training, for both members together
     steps: int | None = None  # of every member, whatever that takes, in place of the minutes
     device: str = "auto"
@@ -59,9 +57,6 @@ def demo(options: DemoConfig) -> int:
         generate_dataset(root, {CATEGORY: [SUBSET]}, SyntheticConfig())
     overrides = ["experiment=ensemble_demo", override("dataset_root", root), f"category={CATEGORY}", f"subset_name={SUBSET}"]
     overrides += [override("output_dir", output), f"device={options.device}"]
-    overrides += [] if options.steps is None else [f"training.max_steps={options.steps}"]
-    overrides = ["experiment=ensemble_demo", f"dataset_root={root}", f"category={CATEGORY}", f"subset_name={SUBSET}"]
-    overrides += [f"output_dir={output}", f"device={options.device}"]
     if options.steps is not None:
         overrides += ["training.budget_minutes=null", f"training.max_steps={options.steps}"]
     else:
