@@ -227,3 +227,38 @@ def test_equals_the_challenges_own_evaluation_to_1e_6(case, dtype, size):
     )
     assert mine == pytest.approx({k: float(v) for k, v in official.items()}, abs=1e-6, rel=1e-6)
     assert tuple(mine) == tuple(metric_utils.EVAL_METRIC_NAMES)
+
+
+def scale_by_sorting_all(predicted, truth):
+    pairs = sorted(zip((truth / predicted.clamp_min(1e-10)).tolist(), predicted.abs().tolist()))
+    total, passed = math.fsum(weight for _, weight in pairs), 0.0
+    for ratio, weight in pairs:
+        passed += weight
+        if 2 * passed > total:
+            return min(max(ratio, -1e4), 1e4)
+    return 1.0
+
+
+@pytest.mark.parametrize("kind", ["spread", "ties", "mostly zero", "in order", "negative", "two values"])
+def test_the_scale_of_many_pixels_is_that_of_sorting_them_all(kind):
+    g = torch.Generator().manual_seed(len(kind))
+    predicted, truth = 1 + torch.rand(30_000, generator=g, dtype=torch.float64), 2 + torch.rand(30_000, generator=g, dtype=torch.float64)
+    if kind == "ties":
+        predicted, truth = (4 * predicted).round() / 4, (4 * truth).round() / 4
+    elif kind == "mostly zero":
+        predicted[torch.rand(30_000, generator=g) < 0.999] = 0
+    elif kind == "in order":
+        predicted, truth = predicted.sort().values, truth.sort(descending=True).values
+    elif kind == "negative":
+        predicted[::3] *= -1
+    elif kind == "two values":
+        predicted, truth = torch.ones_like(predicted), torch.where(torch.arange(30_000) % 2 == 0, 1.0, 3.0).double()
+    assert optimal_l1_scale(predicted, truth).item() == scale_by_sorting_all(predicted, truth)
+
+
+def test_no_input_is_changed_whatever_its_type():
+    for dtype in (torch.float32, torch.float64):
+        frame = random_frame(9, dtype=dtype)
+        before = {name: value.clone() for name, value in frame.items()}
+        challenge_metrics(**frame)
+        assert all(torch.equal(frame[name].nan_to_num(), before[name].nan_to_num()) for name in frame)
