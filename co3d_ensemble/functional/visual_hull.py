@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -16,6 +19,16 @@ _GOLDEN = 0.6180339887498949  # multiples of it, modulo 1, are spread evenly, ho
 _CANDIDATE_SCALE = 1.25  # slack of the first box around the masks' angular extent
 
 
+class Masked(Protocol):
+    """What is carved with: a :class:`Frame`, or anything else with its mask, uint8 (1, H, W), and its camera."""
+
+    @property
+    def mask(self) -> Tensor: ...
+
+    @property
+    def camera(self) -> PinholeCamera: ...
+
+
 def _mask_stop(mask: Tensor) -> tuple[Tensor, Tensor] | None:
     """Centroid (2,) and extent corners (4, 2) in pixels of a boolean mask (H, W); None when it is empty."""
     rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
@@ -26,7 +39,7 @@ def _mask_stop(mask: Tensor) -> tuple[Tensor, Tensor] | None:
     return corners.mean(dim=0), corners
 
 
-def candidate_box(frames: list[Frame]) -> Tensor:
+def candidate_box(frames: Sequence[Masked]) -> Tensor:
     """A cube that surely holds the object, from the masks' bounding boxes and the cameras; any scale, any centre.
 
     The centre is the point closest to the rays through the masks' centres (refitted once without the worst quarter of
