@@ -19,10 +19,12 @@ from co3d_ensemble.base.quoting import literal
 from co3d_ensemble.base.spread import evenly_spread
 from co3d_ensemble.config import ExperimentConfig, ImplicitronModelConfig, ModelConfig
 from co3d_ensemble.config_checks import validate
+from co3d_ensemble.data.agreement import check_agreement
 from co3d_ensemble.data.audit import audit_subset, hold_out, usable_frames
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
 from co3d_ensemble.data.ray_bank import RayBank
 from co3d_ensemble.fields.vm_field import PENALTIES
+from co3d_ensemble.functional.silhouettes import Silhouette
 from co3d_ensemble.functional.types import Frame
 from co3d_ensemble.functional.visual_hull import candidate_box, grid_resolution, visual_hull
 from co3d_ensemble.mine.co3d_points import SequenceClouds, points_of_frames
@@ -107,6 +109,8 @@ def load_scene(config: Any) -> Scene:
     known = tracked(subset.known, "reading", "photographs")
     frames = [load_frame(config, record, with_depth=False) for record in known]  # no depth supervision
     val = [load_frame(config, record) for record in evenly_spread(list(subset.val), config.data.max_val_frames)]
+    silhouettes = [Silhouette.of(frame) for frame in frames]
+    check_agreement(silhouettes, mode=config.data.check_agreement, place=f"{config.category}/{config.subset_name}")
     bounds, longest = config.data.bounds, config.model.occupancy.resolution
     if bounds.mode == "visual_hull":
         box, hull = visual_hull(frames, longest=longest, tolerance=bounds.hull_tolerance, margin=bounds.hull_margin)

@@ -152,6 +152,7 @@ class DataConfig:
     min_known_frames: int = setting(8, "fewest good known frames to train on")
     max_val_frames: int = setting(12, "validation frames rendered per validation, evenly spread")
     bounds: BoundsConfig = setting(BoundsConfig, "where the object may be")
+    check_agreement: str = setting("error", "error | warn | off: what to do where cameras and masks contradict each other")
 
 
 @dataclass
@@ -276,6 +277,7 @@ FREE_KEYS = (
     "dataset_root",
     "output_dir",
     "device",
+    "data.check_agreement",
     "training.checkpoint_every_seconds",
     "training.log_every",
     "training.resume",

@@ -31,6 +31,7 @@ _CHOICES = {
     "model.implicitron.precision": ("float32", "bfloat16"),
     "model.camera_jitter.mode": ("off", "view_direction", "fixed_gauge", "extrinsics"),
     "data.bounds.mode": ("visual_hull", "near_far"),
+    "data.check_agreement": ("error", "warn", "off"),
     "training.schedule": ("warmup_cosine", "steps"),
     "training.resume": ("auto", "never", "restart"),
 }

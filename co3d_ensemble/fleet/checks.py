@@ -11,6 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from co3d_ensemble.data.agreement import JUDGES, agreement_of_records
 from co3d_ensemble.data.audit import Problem, audit_subset, camera_faults, usable_frames
 from co3d_ensemble.data.co3d import FRAME_ANNOTATIONS_FILE, TARGET, CO3DIndex, Subset
 from co3d_ensemble.files import write_json_atomic
@@ -29,6 +32,7 @@ def check_all(
     *,
     decode: bool,
     min_known_frames: int,
+    agreement: str = "error",
     workers: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> dict[Pair, Report]:
@@ -39,6 +43,7 @@ def check_all(
 
     Args:
         decode: also decode every picture.
+        agreement: ``data.check_agreement`` of the trainings: what it refuses is an error, what it warns of a warning.
         workers: processes; None: one per core.
         progress: called with the number of subsets that are checked.
     """
@@ -49,7 +54,7 @@ def check_all(
         by_category.setdefault(category, []).append(subset)
     # forked, for a new interpreter would import for seconds; nothing here has computed with torch's threads yet
     pool = ProcessPoolExecutor(workers or os.cpu_count(), mp_context=multiprocessing.get_context("fork"))
-    check = partial(check_category, root, decode=decode, min_known_frames=min_known_frames, cache=cache)
+    check = partial(check_category, root, decode=decode, min_known_frames=min_known_frames, agreement=agreement, cache=cache)
     reports: dict[Pair, Report] = {}
     with pool:
         futures = [pool.submit(check, category, names) for category, names in by_category.items()]
@@ -63,40 +68,52 @@ def check_all(
 
 
 def check_category(
-    root: Path | str, category: str, names: Sequence[str], *, decode: bool, min_known_frames: int, cache: Mapping[str, Report]
+    root: Path | str,
+    category: str,
+    names: Sequence[str],
+    *,
+    decode: bool,
+    min_known_frames: int,
+    agreement: str,
+    cache: Mapping[str, Report],
 ) -> dict[Pair, Report]:
     """Of one category: its annotations, which may be large, are read once."""
     logging.getLogger("co3d_ensemble").setLevel(logging.ERROR)  # findings are in the reports
+    torch.set_num_threads(1)  # one process per core, and a forked one must not wait for its parent's threads
     index, found = CO3DIndex(root), {}
+    settings = {"min_known_frames": min_known_frames, "agreement": agreement}
     for name in names:
         try:
             subset = index.subset(category, name)
             known = cache.get(f"{category}/{name}")
             stamp = stamp_of_subset(index.root, subset) if decode or known else None
-            if known and known["stamp"] == stamp and known["min_known_frames"] == min_known_frames:
+            if known and known["stamp"] == stamp and known.get("settings") == settings:
                 found[category, name] = known
             else:
-                found[category, name] = check_subset(index, subset, decode=decode, min_known_frames=min_known_frames)
-                found[category, name]["stamp"] = stamp if decode else None
+                found[category, name] = check_subset(index, subset, decode=decode, **settings)
+                found[category, name] |= {"settings": settings, "stamp": stamp if decode else None}
         except (ValueError, OSError) as error:
             found[category, name] = {"known": 0, "targets": 0, "pixels": 0, "errors": [str(error)], "warnings": [], "stamp": None}
     return found
 
 
-def check_subset(index: CO3DIndex, subset: Subset, *, decode: bool, min_known_frames: int) -> Report:
+def check_subset(index: CO3DIndex, subset: Subset, *, decode: bool, min_known_frames: int, agreement: str) -> Report:
     _ = subset.sequence_name  # raises where the subset is no single sequence
     findings = audit_subset(index, subset, decode=decode)
     errors = [f"target {record.name}: camera {what}" for record in subset.targets for _, what in camera_faults(record)]
-    usable = len(subset.known)
+    usable, disagreements = len(subset.known), []
     try:
-        usable = len(usable_frames(subset, findings, min_known_frames=min_known_frames).known)
+        known = usable_frames(subset, findings, min_known_frames=min_known_frames).known
+        usable = len(known)
+        refusal, disagreements = agreement_of_records(known, mode=agreement, most=None if decode else JUDGES)
+        errors += [] if refusal is None else [refusal]
     except ValueError as error:
         errors.append(str(error))
     redacted = REDACTED if "test" in subset.name.split("_") else ()
     warnings = [f"{f.role}: {f.message}" for f in findings if not (f.role == TARGET and f.problem in redacted)]
     pixels = sum(record.height * record.width for record in subset.targets)
-    counts = {"known": usable, "targets": len(subset.targets), "pixels": pixels, "min_known_frames": min_known_frames}
-    return {**counts, "errors": errors, "warnings": warnings}
+    counts = {"known": usable, "targets": len(subset.targets), "pixels": pixels}
+    return {**counts, "errors": errors, "warnings": [*disagreements, *warnings]}
 
 
 def stamp_of_subset(root: Path, subset: Subset) -> str:

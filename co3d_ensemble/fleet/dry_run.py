@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from co3d_ensemble.base.progress import Progress
+from co3d_ensemble.data.agreement import strictest
 from co3d_ensemble.fleet.checks import Pair, Report, check_all
 from co3d_ensemble.fleet.disk import JobFolder
 from co3d_ensemble.fleet.environment import check_environment, job_environment
@@ -52,6 +53,7 @@ def dry_run(settings: FleetConfig, overrides: Sequence[str]) -> int:
             plan.subsets,
             decode=settings.audit == "full",
             min_known_frames=max(config.data.min_known_frames for config in plan.models.configs.values()),
+            agreement=strictest(config.data.check_agreement for config in plan.models.configs.values()),
             workers=settings.audit_workers,
             progress=tell,
         )
