@@ -18,6 +18,7 @@ from co3d_ensemble.base.paths import plain_part
 from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.base.spread import evenly_spread
 from co3d_ensemble.challenge.lpips import load_lpips, lpips_masked
+from co3d_ensemble.data.agreement import JUDGES, readable_silhouettes
 from co3d_ensemble.data.audit import camera_faults
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord, Subset
 from co3d_ensemble.fields.weights_file import restoring
@@ -29,6 +30,7 @@ from co3d_ensemble.rendering import Pictures, read_view, resolve_device, view_na
 from co3d_ensemble.report.pictures import comparison_sheet, save_picture, training_curve
 from co3d_ensemble.training.budget import fit_budget
 from co3d_ensemble.training.checkpoint import Checkpoints
+from co3d_ensemble.training.emptiness import empty_model
 from co3d_ensemble.training.lock import FolderLock, RunDirectoryBusy
 from co3d_ensemble.training.loop import TrainingResult, train
 from co3d_ensemble.training.records import read_metrics
@@ -105,6 +107,7 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
     """Scores the best checkpoint on the targets with ground truth, at the run's resolution: ``results.json``, ``targets.png``.
 
     With ``rendering.all_targets`` also renders every target at its original size, for exports to find.
+    ``empty`` says why a model shows nothing, and is null for one that shows the object.
     What cannot be computed is null with its reason under ``reasons``. ``depth_abs_fg`` is in world units (``depth_units``:
     "world"), as Implicitron loads depth: the PNG's values times the annotation's ``scale_adjustment``. The archive's
     ``results.json`` has it in the PNG's own units, as the challenge's evaluation does: the two agree only where that factor is 1.
@@ -128,6 +131,7 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
         "best_step": result.best_step,
         "stopped": result.stopped,
     }
+    results["empty"] = why_empty(run, subset, results)
     if rows:
         save_picture(run.path / "targets.png", comparison_sheet(rows))
     _plot_run(run)
@@ -138,6 +142,24 @@ def evaluate_run(run: RunDirectory, subset: Subset, device: torch.device, result
     write_json_atomic(run.results_path, results)
     logger.info("%s: %s", run.path, ", ".join(f"{name} {value:.3f}" for name, value in results["metrics"].items() if value is not None))
     return results
+
+
+def why_empty(run: RunDirectory, subset: Subset, results: dict[str, Any]) -> str | None:
+    """Why the run's model shows nothing where the object is, also as a warning; None where it shows it."""
+    config = run.config
+    found = empty_model(
+        iou=results["metrics"]["iou"],
+        validations=read_metrics(run.metrics_path, "validation"),
+        bounds=config.data.bounds,
+        kind=config.model.kind,
+        loss_weights=config.training.loss_weights,
+        steps=results["steps"],
+    )
+    if found is None:
+        return None
+    told = found.told(readable_silhouettes(subset.known, most=JUDGES))
+    logger.warning("%s: %s", run.path, told)
+    return told
 
 
 def scorable_targets(subset: Subset) -> list[FrameRecord]:
