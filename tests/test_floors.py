@@ -84,7 +84,7 @@ def _problem(room: str, name: str) -> str | None:
     if target not in FLOORS:
         return f"{target!r} has no floor"
     if room in ("", *LEAVES):
-        return None if room and target == "base" else f"{room or PACKAGE} imports nothing of the package"
+        return None if target == "base" else f"{room or PACKAGE} imports nothing of the package but base"
     if FLOORS[target] >= FLOORS[room]:
         return f"floor {FLOORS[room]} may only import below itself, {target} is on floor {FLOORS[target]}"
     return None

@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from co3d_ensemble.functional.visual_hull import voxel_centers
-
 
 class OccupancyGrid(nn.Module):
     """A boolean grid over a fixed box, carved by the visual hull and refined from the density during training.
@@ -85,8 +83,9 @@ class OccupancyGrid(nn.Module):
         which, of = part
         cells = self.hull.reshape(-1).nonzero()[which % of :: of, 0]
         size = (self.box[1] - self.box[0]) / self._resolution
-        centers = voxel_centers(self.box, tuple(self.hull.shape)).reshape(-1, 3)[cells]
-        points = centers + (torch.rand_like(centers) - 0.5) * size
+        _, ny, nz = self.hull.shape
+        corners = torch.stack((cells // (ny * nz), cells // nz % ny, cells % nz), dim=-1)
+        points = self.box[0] + (corners + torch.rand(corners.shape, device=cells.device, dtype=size.dtype)) * size
         new = torch.cat([density(part) for part in points.split(chunk)]) if len(points) else points[:, 0]
         remembered = self.density.reshape(-1)
         old = remembered[cells]

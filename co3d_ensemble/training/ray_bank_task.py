@@ -14,7 +14,6 @@ from torch import Tensor
 from co3d_ensemble.config import CameraJitterConfig, OccupancyConfig, TrainingConfig
 from co3d_ensemble.data.ray_bank import RayBank, RayBatch
 from co3d_ensemble.fields.vm_field import Mapped
-from co3d_ensemble.functional.schedules import due
 from co3d_ensemble.plugin.model import ObjectModel
 from co3d_ensemble.plugin.tensorf_model import TensoRFModel
 from co3d_ensemble.training.grid_schedule import Shrink, Upsample, grid_changes
@@ -22,6 +21,7 @@ from co3d_ensemble.training.optimizer import Moments
 from co3d_ensemble.training.validation import FrameValidation
 
 EXACT_STEPS = 16  # on CUDA, steps that wait for their counts of samples before there are rooms: enough to know how counts vary
+MOST_PARTS = 8  # refinements that look at every voxel once between them, at most
 
 
 class RayBankTask:
@@ -90,12 +90,13 @@ class RayBankTask:
         grid, schedule = self.model.occupancy, self._occupancy
         if grid is None:
             return 0, 0.0
-        first = max(1, math.ceil(schedule.refine_from / schedule.refine_every))
-        count = max(0, math.ceil(1 / schedule.refine_every) - first)  # due at first, first + 1, ... intervals, before the end
+        interval, max_steps = self._refine_interval, self._training.max_steps
+        first = max(1, math.ceil(schedule.refine_from * max_steps / interval))
+        count = max(0, math.ceil(max_steps / interval) - first)  # due at first, first + 1, ... intervals, before the end
         if count == 0:
             return 0, 0.0
         start = time.perf_counter()
-        part = self._refined_part(first * self._refine_interval)
+        part = self._refined_part(first * interval)
         grid.refine(self.model.density, part=part)  # ends by asking the device whether anything is left, so it is over by then
         return count, time.perf_counter() - start
 
@@ -123,7 +124,17 @@ class RayBankTask:
 
     @property
     def _refine_interval(self) -> int:
-        return max(1, round(self._occupancy.refine_every * self._training.max_steps))
+        """Steps between two refinements: longer in a short run, so that ``MOST_PARTS`` of them look at all voxels."""
+        interval, share = max(1, round(self._occupancy.refine_every * self._training.max_steps)), self._occupancy.refine_share
+        return interval if share is None else max(interval, math.ceil(self._n_voxels / (MOST_PARTS * share * self._samples_per_step)))
+
+    @property
+    def _n_voxels(self) -> int:
+        return self.model.occupancy.hull.numel()
+
+    @property
+    def _samples_per_step(self) -> int:
+        return self._training.n_rays * self.model.samples_per_ray
 
     def _refined_part(self, step: int) -> tuple[int, int]:
         """Which voxels the refinement at ``step`` looks at, for ``OccupancyGrid.refine``: steps and refinements of a scene with
@@ -131,15 +142,14 @@ class RayBankTask:
         share, interval = self._occupancy.refine_share, self._refine_interval
         if share is None:
             return 0, 1
-        looked_at = share * interval * self._training.n_rays * self.model.samples_per_ray
-        n = math.ceil(self.model.occupancy.hull.numel() / looked_at)
+        n = math.ceil(self._n_voxels / (share * interval * self._samples_per_step))
         return step // interval % n, n
 
     def _refines_at(self, step: int) -> bool:
         schedule, max_steps = self._occupancy, self._training.max_steps
         if self.model.occupancy is None or step < schedule.refine_from * max_steps:
             return False
-        return due(step, schedule.refine_every, max_steps)
+        return step > 0 and step % self._refine_interval == 0
 
 
 class GridTask(RayBankTask):
