@@ -327,7 +327,7 @@ def test_fusing_waits_for_a_seed_to_be_trained_and_takes_the_nerf_that_validates
     jobs = list(todo.pending({}))
     assert [job.name for job in jobs if "seed0" in job.name] == [fused]  # once, for both methods
     assert jobs[0].name == fused
-    assert "members.nerf_ema_warmup_seed0.experiment=nerf_ema_warmup" in jobs[0].command
+    assert override("members.nerf_ema_warmup_seed0.experiment", "nerf_ema_warmup") in jobs[0].command
 
     (cell,) = todo.results.fusable(0)
     fuse_by_hand(cell, 21.0, 22.0)
