@@ -22,7 +22,8 @@ from typing import Any
 
 from co3d_ensemble.scripts import USER_ERRORS
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
+PAGE, TICKS = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_CLK_TCK")
+IDLE_FACTOR = 6  # on a busy machine a sound input takes longer, but no more CPU
 MEBIBYTE = 2**20
 HARD_LIMIT_MEBIBYTES = 6144  # of address space above the parent's: keeps the machine alive, whatever an input asks for
 
@@ -49,7 +50,8 @@ class Target(ABC):
 
     Attributes:
         faults: outcomes that should not be. ``OTHER`` is one where damage must not go unseen, as in an archive.
-        seconds, mebibytes: limits of one input: what takes longer hangs, what needs more above the parent's memory is ``MEMORY``.
+        seconds, mebibytes: limits of one input: what takes more CPU, or ``IDLE_FACTOR`` times as long, hangs; what needs more above the
+            memory that it starts with is ``MEMORY``.
     """
 
     name: str
@@ -125,15 +127,15 @@ def _in_a_child(target: Target, number: int, folder: Path, seed: int) -> Case:
         finally:
             os._exit(0)  # nothing of the parent's, pytest's say, is to run here
     os.close(writer)
-    deadline, received = time.monotonic() + target.seconds, b""
-    while True:
-        ready, _, _ = select.select([reader], [], [], max(0.0, deadline - time.monotonic()))
+    began, received, hangs = time.monotonic(), b"", False
+    while not hangs:
+        ready, _, _ = select.select([reader], [], [], 0.1)
         chunk = os.read(reader, 1 << 16) if ready else b""
         received += chunk
-        if not chunk:
+        if ready and not chunk:
             break
+        hangs = _cpu_seconds(child) > target.seconds or time.monotonic() - began > IDLE_FACTOR * target.seconds
     os.close(reader)
-    hangs = not ready
     if hangs:
         os.kill(child, signal.SIGKILL)
     _, status, usage = os.wait4(child, 0)
@@ -171,6 +173,12 @@ def _parsed(received: bytes) -> tuple[str, int, Outcome | None, str]:
     damage, before = lines[0] if lines else ("missing: the damage itself failed", 0)
     outcome, told = lines[1] if len(lines) > 1 else (None, "")
     return damage, before, None if outcome is None else Outcome(outcome), told
+
+
+def _cpu_seconds(process: int) -> float:
+    """Of a process that has not been waited for, and its children that have."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / TICKS
 
 
 def _resident_bytes() -> int:

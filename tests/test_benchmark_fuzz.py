@@ -57,7 +57,7 @@ class Endings(Target):
 )
 def test_every_ending_is_told_from_the_others(tmp_path, ends, outcome):
     target = Endings()
-    target.ends, target.seconds = ends, 0.3 if outcome is Outcome.HANG else 20.0
+    target.ends, target.seconds = ends, 0.1 if outcome is Outcome.HANG else 20.0
     (case,) = fuzz(target, [7], tmp_path / "scratch")
     assert (case.number, case.outcome, case.kind) == (7, outcome, "half"), case.told
 

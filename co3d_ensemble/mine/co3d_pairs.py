@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "val")
 POINTS = ("auto", "depth", "cloud")
 MIN_FRAMES = 2
+SHOWN_SUBSETS = 3  # in errors
 
 
 class CO3DPairs(ViewPairs):
@@ -73,13 +74,15 @@ class CO3DPairs(ViewPairs):
         self.root, self._index = Path(root), CO3DIndex(root)
         self._clouds = SequenceClouds(self.root)
         self._pairs: list[tuple[FrameRecord, tuple[FrameRecord, ...]]] = []
-        for category, name in self._chosen(subsets):
+        chosen = self._chosen(subsets)
+        for category, name in chosen:
             subset = self._index.subset(category, name)
             subset = usable_frames(subset, audit_subset(self._index, subset, decode=check == "decode"), min_known_frames=MIN_FRAMES)
             sources = subset.known if split == "train" else subset.val
             self._pairs += _neighbours(sources, subset.known if split == "train" else subset.known + subset.val, max_frame_distance)
         if not self._pairs:
-            raise ValueError(f"{self.root}: no two {split} frames within max_frame_distance={max_frame_distance} of each other")
+            listed = ", ".join("/".join(pair) for pair in chosen[:SHOWN_SUBSETS]) + (", ..." if len(chosen) > SHOWN_SUBSETS else "")
+            raise ValueError(f"{self.root}: {listed}: no two {split} frames within max_frame_distance={max_frame_distance} of each other")
         if n_points and points != "auto":
             self._require_points()
         elif n_points:
