@@ -9,6 +9,7 @@ from typing import Any
 from co3d_ensemble.base.messages import shown
 
 CLUTTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir")  # of Windows, macOS and network disks, lower case
+_CONTROL = {chr(code) for code in (*range(32), *range(127, 160))}
 MAX_PART_BYTES = 255  # of one part of a path, on every file system in use
 
 
@@ -63,7 +64,7 @@ def plain_part(name: Any, what: str) -> str:
     """
     if not isinstance(name, str):
         raise ValueError(f"{what}={shown(name)}: expected a name, got {type(name).__name__}")
-    if name in ("", ".", "..") or {"/", "\\"} & set(name) or min(name) < " " or not _is_possible(name):
+    if name in ("", ".", "..") or {"/", "\\"} & set(name) or _CONTROL & set(name) or not _is_possible(name):
         raise ValueError(f"{what}={shown(name)}: must be one plain part of a path, that is not empty, '.' or '..' and without '/' or '\\'")
     return name
 
