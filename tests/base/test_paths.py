@@ -77,7 +77,7 @@ def test_a_plain_name_is_kept(name):
     assert plain_part(name, "category") == name
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a/", "../a", "a\\b", "a\0", "a\nb", "a\x7f", "\ud800", "x" * 256, None, 1, True, []])
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "../a", "a\\b", "a\0", "a\nb", "a\x7f", "\ud800", "x" * 256, None, 1, []])
 def test_a_name_that_is_no_plain_part_is_refused_with_what_gave_it(name):
     with pytest.raises(ValueError, match=r"category=.*(must be one plain part|expected a name)"):
         plain_part(name, "category")
