@@ -1,6 +1,6 @@
 """Sparse points for RealEstate10K: a COLMAP model beside each clip's frames, made with the clip's published cameras.
 
-    pip install pycolmap
+    pip install 'co3d_ensemble[points]'
     python launch/make_realestate10k_points.py root=/data/realestate10k split=train
 
 Writes ROOT/frames/<split>/<clip>/sparse/ for every clip that has at least two frames on disk; clips that have it are skipped.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from co3d_ensemble.base.png import SIGNATURE, verify_png
 
@@ -235,6 +235,11 @@ def _fault(what: str, fault: str) -> PictureError:
     return PictureError(what, what, fault)
 
 
+def _unreadable(path: Path, why: str) -> PictureError:
+    what = f"is unreadable or truncated: {why}"
+    return PictureError(f"{path}: {what}", what)
+
+
 @contextmanager
 def _opened(path: Path, source: Path | io.BytesIO) -> Iterator[Image.Image]:
     """The picture, not decoded; all errors of the body name ``path``."""
@@ -251,9 +256,10 @@ def _opened(path: Path, source: Path | io.BytesIO) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         what = f"has more than {MAX_PIXELS:,} pixels: reduce it ({error})"
         raise PictureError(f"{path}: {what}", what, WRONG_SIZE) from error
+    except UnidentifiedImageError as error:  # whose own text has the path again, or an address
+        raise _unreadable(path, "no picture of a known format") from error
     except DECODE_ERRORS as error:
-        what = f"is unreadable or truncated: {_in_a_line(error)}"
-        raise PictureError(f"{path}: {what}", what) from error
+        raise _unreadable(path, _in_a_line(error)) from error
 
 
 @contextmanager
@@ -264,12 +270,14 @@ def _decoded(path: Path, check: Callable[[Header], object]) -> Iterator[Image.Im
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing") from error
     except OSError as error:
-        what = f"is unreadable: {error}"
-        raise PictureError(f"{path}: {what}", what) from error
+        raise _unreadable(path, str(error)) from error
+    if data.startswith(SIGNATURE):
+        try:
+            verify_png(data)
+        except ValueError as error:
+            raise _unreadable(path, f"the PNG {error}") from error
     with _opened(path, io.BytesIO(data)) as picture:
         check(_header(picture))
-        if data.startswith(SIGNATURE):
-            verify_png(data)
         picture.load()
         # libjpeg invents the rest of a picture whose tail is missing or zero: without its end marker it is cut short
         if picture.format in ("JPEG", "MPO") and JPEG_END not in data:

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from co3d_ensemble.base.pictures import PictureError, exactly, read_mask, read_photo
 from co3d_ensemble.challenge.archive import read_archive
 from co3d_ensemble.challenge.targets import Target
-from co3d_ensemble.data.audit import DECODE_ERRORS
+from co3d_ensemble.data.audit import mask_fault
 from co3d_ensemble.data.co3d import FrameRecord
+from co3d_ensemble.data.depth_maps import load_depth
 from co3d_ensemble.functional.metrics import METRIC_NAMES, challenge_metrics
 from co3d_ensemble.functional.types import RenderedView
 
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 NO_DEPTH, NO_FRAME, NO_TRUTH = "no ground-truth depth", "no frame in the archive", "no frame with ground truth"
 WITHOUT_TRUTH = "without_truth"  # the key of the reasons that holds a line per frame that could not be scored
+MAX_VALUE = 255  # of an 8-bit picture
 SHOWN_LINES = 5  # of them in the table, for a test set has hundreds
 
 FrameScores = dict[str, float | None]
@@ -58,28 +60,44 @@ class GroundTruth(NamedTuple):
 def load_ground_truth(record: FrameRecord, *, apply_scale_adjustment: bool = False) -> GroundTruth:
     """Ground truth of one frame as the challenge's evaluation loads it.
 
+    A depth map that is missing, spoilt or without a valid value is None, and so is a missing depth mask; what is spoilt is logged.
+
     Args:
         apply_scale_adjustment: multiply depth by the annotated factor, which gives world units. The challenge's evaluation
             takes the PNG's values as they are, and ``depth_abs_fg`` is proportional to them.
 
     Raises:
-        GroundTruthError: image or mask missing or broken, or planes that differ in size. A missing depth or depth mask is None.
+        GroundTruthError: image or mask missing, broken, redacted or of another size than annotated, or of values that make no mask: what
+            the audit (``data/audit.py``) does not score either.
     """
     if record.mask_path is None:
         raise GroundTruthError(f"{record.image_path}: the annotation names no mask")
-    rgb = _read(record.image_path, "RGB").transpose(2, 0, 1).astype(np.float32) / 255
-    size = rgb.shape[1:]
-    mask = _read(record.mask_path, None, size).astype(np.float32) / 255
-    depth = depth_mask = None
-    if record.depth_path is not None and record.depth_path.is_file():
-        depth = _read(record.depth_path, None, size).astype(np.uint16).view(np.float16).astype(np.float32)
-        if apply_scale_adjustment:
-            depth *= record.depth_scale_adjustment
-        depth[~np.isfinite(depth)] = 0
-        if record.depth_mask_path is not None and record.depth_mask_path.is_file():
-            depth_mask = (_read(record.depth_mask_path, "L", size) > 0).astype(np.float32)
-    planes = (None if plane is None else torch.from_numpy(plane)[None] for plane in (mask, depth, depth_mask))
-    return GroundTruth(torch.from_numpy(rgb), *planes)
+    size = (record.height, record.width)
+    try:
+        photo = read_photo(record.image_path, exactly(size, "its annotation says") if all(size) else None)
+        size = (photo.height, photo.width)
+        mask = np.asarray(read_mask(record.mask_path, exactly(size, "its picture")))
+    except (PictureError, FileNotFoundError) as error:
+        raise GroundTruthError(str(error)) from error
+    rgb = np.asarray(photo)
+    if not rgb.any():
+        raise GroundTruthError(f"{record.image_path}: black, as redacted targets are: nothing to score against")
+    if fault := mask_fault(mask):
+        raise GroundTruthError(f"{record.mask_path}: mask {fault[1]}")
+    depth, depth_mask = _depth(record, size, record.depth_scale_adjustment if apply_scale_adjustment else 1.0)
+    planes = (torch.from_numpy(plane.astype(np.float32) / MAX_VALUE) for plane in (rgb.transpose(2, 0, 1), mask[None]))
+    return GroundTruth(*planes, depth, depth_mask)
+
+
+def _depth(record: FrameRecord, size: tuple[int, int], scale: float) -> tuple[Tensor | None, Tensor | None]:
+    if record.depth_path is None or not record.depth_path.is_file():
+        return None, None
+    has_mask = record.depth_mask_path is not None and record.depth_mask_path.is_file()
+    try:
+        return load_depth(record.depth_path, record.depth_mask_path if has_mask else None, size, scale=scale)
+    except PictureError as error:
+        logger.warning("frame %s has no depth: %s", record.name, error)
+        return None, None
 
 
 def score_view(view: RenderedView, truth: GroundTruth) -> FrameScores:
@@ -190,10 +208,6 @@ def format_table(result: Mapping[str, Any]) -> str:
 
 def _score_target(target: Target, view: RenderedView, record: FrameRecord, apply_scale_adjustment: bool) -> FrameScores:
     truth = load_ground_truth(record, apply_scale_adjustment=apply_scale_adjustment)
-    if tuple(truth.rgb.shape[1:]) != target.size:
-        raise GroundTruthError(f"{record.image_path}: has {tuple(truth.rgb.shape[1:])} pixels (H, W), its annotation says {target.size}")
-    if not truth.rgb.any():
-        raise GroundTruthError(f"{record.image_path}: black, as redacted targets are: nothing to score against")
     return score_view(view, truth)
 
 
@@ -208,15 +222,3 @@ def _mean_of(rows: Sequence[Mapping[str, Any]], unit: str, reason: str) -> dict[
         elif len(values) < len(rows):
             reasons[metric] = f"mean over {len(values)} of {len(rows)} {unit}, the others have {reason}"
     return {**means, "reasons": reasons}
-
-
-def _read(path: Path, mode: str | None, size: tuple[int, ...] | None = None) -> np.ndarray:
-    """Pixels of a picture, converted to ``mode`` unless None; checked to be (height, width) = ``size`` unless None."""
-    try:
-        with Image.open(path) as picture:
-            pixels = np.array(picture.convert(mode) if mode else picture)
-    except DECODE_ERRORS as error:
-        raise GroundTruthError(f"{path}: cannot be read: {error}") from error
-    if size is not None and pixels.shape != tuple(size):
-        raise GroundTruthError(f"{path}: expected {tuple(size)} pixels (H, W) as the photograph has, got {pixels.shape}")
-    return pixels

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from PIL import Image
-
 from co3d_ensemble.base.paths import plain_part
+from co3d_ensemble.base.pictures import PictureError, photo_size
 from co3d_ensemble.data.co3d import SUBSET_LIST_FILE, CO3DIndex, FrameRecord
 
 TASKS, SEQUENCE_SETS = ("manyview", "fewview"), ("dev", "test")
@@ -78,7 +77,6 @@ def _picture_size(record: FrameRecord) -> tuple[int, int]:
     if record.height and record.width:
         return record.height, record.width
     try:
-        with Image.open(record.image_path) as picture:
-            return picture.height, picture.width
-    except OSError as error:
-        raise ValueError(f"{record.image_path}: its annotation gives no size and it cannot be read: {error}") from error
+        return photo_size(record.image_path)
+    except (FileNotFoundError, PictureError) as error:
+        raise ValueError(f"{error}; its annotation gives no size") from error

@@ -7,18 +7,18 @@ its file before training starts, instead of surfacing as a crash or a bad score 
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
-import os
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import ImageFile
 
+from co3d_ensemble.base import pictures
+from co3d_ensemble.base.pictures import Expected, Header, PictureError, exactly
 from co3d_ensemble.base.progress import tracked
 from co3d_ensemble.data.co3d import KNOWN, SOURCE, TARGET, VAL, CO3DIndex, FrameRecord, ListFault, Subset, relative_path
 from co3d_ensemble.functional.cameras import NDC_FORMATS
@@ -27,11 +27,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ROTATION_ERROR = 1e-3  # largest |R R^T - I|: 100x what float32 annotations leave, 0.03 degrees of shear
 MAX_CAMERA_NUMBER = 1e18  # of any number of a camera: its square is finite in float32
-MASK_HALF = 128  # a mask is foreground above 0.5, and 8-bit masks hold probability * 255
+MAX_VALUE, MASK_HALF = 255, 128  # a mask is foreground above 0.5, and 8-bit masks hold probability * 255
 SHOWN_FINDINGS = 5
-DEPTH_MODES = ("I;16", "I;16B", "I")  # 16-bit PNG as the versions of PIL name it
-# what PIL raises on damaged files, beside OSError: bad chunks (SyntaxError), short headers (struct.error), odd values
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
 class Problem(StrEnum):
@@ -44,6 +41,8 @@ class Problem(StrEnum):
     WHOLE_MASK = "whole_foreground_mask"
     MASK_VALUES = "mask_values"
     PICTURE_SIZE = "picture_size"
+    PICTURE_MODE = "picture_mode"
+    EXIF_ORIENTATION = "exif_orientation"
     CAMERA_NOT_FINITE = "camera_not_finite"
     NOT_A_ROTATION = "not_a_rotation"
     FOCAL_NOT_POSITIVE = "focal_not_positive"
@@ -198,6 +197,16 @@ def camera_faults(record: FrameRecord) -> list[tuple[Problem, str]]:
     return faults
 
 
+def mask_fault(values: np.ndarray) -> tuple[Problem, str] | None:
+    """Why 8-bit values are no mask, as a predicate of "mask"; None for a good one."""
+    low, high = int(values.min()), int(values.max())
+    if high == 0:
+        return Problem.EMPTY_MASK, "is empty"
+    if high < MASK_HALF:
+        return Problem.MASK_VALUES, f"values are {low}..{high}, expected 0..255: nothing reaches one half"
+    return None
+
+
 def _frames_with_roles(subset: Subset) -> Iterator[tuple[str, FrameRecord]]:
     seen = set()
     sources = [source for batch in subset.eval_batches for source in batch.sources]
@@ -217,6 +226,24 @@ def _list_finding(fault: ListFault) -> Finding:
     problem = Problem(fault.kind)
     name = f"{fault.key[0]}/{fault.key[1]}"
     return Finding(name, fault.path, fault.role, problem, fault.message, NOTHING if problem is Problem.DUPLICATE else FRAME)
+
+
+_HeaderCheck = Callable[[Header, Expected], None]
+_Reader = Callable[[Path], Any]
+_PROBLEM_OF_FAULT = {
+    pictures.UNREADABLE: Problem.UNREADABLE,
+    pictures.WRONG_SIZE: Problem.PICTURE_SIZE,
+    pictures.WRONG_MODE: Problem.PICTURE_MODE,
+    pictures.TURNED: Problem.EXIF_ORIENTATION,
+}
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A picture's header; ``is_sound`` where it is as it should be."""
+
+    header: Header
+    is_sound: bool
 
 
 class _FrameCheck:
@@ -243,40 +270,37 @@ class _FrameCheck:
             self.add(problem, self.record.image_path, f"camera {what}")
 
     def picture_and_mask(self, *, expect_redacted: bool) -> None:
-        record = self.record
-        picture = self._open(record.image_path, "picture")
+        record, annotated = self.record, exactly((self.record.height, self.record.width), "annotated as")
+        picture = self._open(record.image_path, "picture", pictures.check_photo, annotated)
         if expect_redacted and not self.decode:
             self.add(Problem.REDACTED, record.image_path, "target of a test set, taken to be redacted (pixels were not read)")
         if picture is not None:
-            annotated = (record.width, record.height)
-            if picture.size != annotated:
-                self.add(Problem.PICTURE_SIZE, record.image_path, f"picture is {_shown(picture.size)}, annotated as {_shown(annotated)}")
-            if picture.pixels is not None and _is_black(picture.pixels):
-                expected = " as in every test set" if expect_redacted else ""
-                self.add(Problem.REDACTED, record.image_path, f"all pixels are black: redacted{expected}")
+            self._photo(picture, expect_redacted)
         if record.mask_path is None:
             self.add(Problem.MISSING_FILE, record.image_path, "the annotation names no mask for this picture")
             return
-        mask = self._open(record.mask_path, "mask")
-        if mask is None:
-            return
-        expected_size = picture.size if picture is not None else (record.width, record.height)
-        if mask.size != expected_size:
-            self.add(Problem.PICTURE_SIZE, record.mask_path, f"mask is {_shown(mask.size)}, its picture {_shown(expected_size)}")
-        self._mask_values(mask)
+        expected = annotated if picture is None or picture.is_sound else exactly(picture.header.size, "its picture")
+        mask = self._open(record.mask_path, "mask", pictures.check_mask, expected)
+        if mask is not None and mask.is_sound and self.decode:
+            values = self._pixels(record.mask_path, "mask", pictures.read_mask)
+            fault = None if values is None else mask_fault(values)
+            if fault is not None:
+                self.add(fault[0], record.mask_path, f"mask {fault[1]}")
+            elif values is not None and values.min() == MAX_VALUE:
+                self.add(Problem.WHOLE_MASK, record.mask_path, "mask calls the whole picture foreground", NOTHING)
 
-    def _mask_values(self, mask: _Picture) -> None:
-        path = self.record.mask_path
-        if mask.mode != "L":
-            self.add(Problem.MASK_VALUES, path, f"mask has PIL mode {mask.mode!r}, expected 8-bit gray 'L'")
-        elif mask.pixels is not None:
-            low, high = int(mask.pixels.min()), int(mask.pixels.max())
-            if high == 0:
-                self.add(Problem.EMPTY_MASK, path, "mask is empty")
-            elif high < MASK_HALF:
-                self.add(Problem.MASK_VALUES, path, f"mask values are {low}..{high}, expected 0..255: nothing reaches one half")
-            elif low == 255:
-                self.add(Problem.WHOLE_MASK, path, "mask calls the whole picture foreground", NOTHING)
+    def _photo(self, picture: _Opened, expect_redacted: bool) -> None:
+        path, header = self.record.image_path, picture.header
+        if picture.is_sound and header.is_16_bit_gray:
+            self.add(Problem.PICTURE_MODE, path, "picture is 16-bit gray, which is scaled to 8 bits", NOTHING)
+        if picture.is_sound and header.has_alpha:
+            self.add(Problem.PICTURE_MODE, path, "picture has transparent pixels, whose alpha is left out", NOTHING)
+        if picture.is_sound and self.decode:
+            expected = exactly((self.record.height, self.record.width))
+            pixels = self._pixels(path, "picture", lambda path: pictures.read_photo(path, expected))
+            if pixels is not None and not pixels.any():
+                expected_so = " as in every test set" if expect_redacted else ""
+                self.add(Problem.REDACTED, path, f"all pixels are black: redacted{expected_so}")
 
     def depth(self) -> None:
         record = self.record
@@ -284,54 +308,49 @@ class _FrameCheck:
             return
         if not 0 < record.depth_scale_adjustment <= MAX_CAMERA_NUMBER:
             self.add(Problem.DEPTH_VALUES, record.depth_path, f"depth has scale_adjustment {record.depth_scale_adjustment}", DEPTH)
-        for path, kind in ((record.depth_path, "depth"), (record.depth_mask_path, "depth mask")):
-            picture = self._open(path, kind, DEPTH) if path is not None else None
-            if picture is None:
-                continue
-            annotated = (record.width, record.height)
-            if picture.size != annotated:
-                self.add(Problem.PICTURE_SIZE, path, f"{kind} is {_shown(picture.size)}, annotated as {_shown(annotated)}", DEPTH)
-            if kind == "depth" and picture.mode not in DEPTH_MODES:
-                self.add(Problem.DEPTH_VALUES, path, f"depth has PIL mode {picture.mode!r}, expected a 16-bit PNG", DEPTH)
+        annotated = exactly((record.height, record.width), "annotated as")
+        known: list[np.ndarray] = []
+        kinds: tuple[tuple[Path | None, str, _HeaderCheck, _Reader], ...] = (
+            (record.depth_path, "depth", pictures.check_depth, pictures.read_depth),
+            (record.depth_mask_path, "depth mask", pictures.check_depth_mask, pictures.read_depth_mask),
+        )
+        for path, kind, check, read in kinds:
+            picture = self._open(path, kind, check, annotated, DEPTH) if path is not None else None
+            if picture is not None and picture.is_sound and self.decode:
+                values = self._pixels(path, kind, read, DEPTH)
+                known += [] if values is None else [values > 0]
+        if known and not np.logical_and.reduce(known).any():
+            self.add(Problem.DEPTH_VALUES, record.depth_path, "depth has no value above 0 that its mask calls valid", DEPTH)
 
-    def _open(self, path: Path, kind: str, spoils: str = FRAME) -> _Picture | None:
-        """The file's header (and pixels when decoding), or None after noting why there is none."""
+    def _open(self, path: Path, kind: str, check: _HeaderCheck, expected: Expected, spoils: str = FRAME) -> _Opened | None:
+        """The file's header, or None after noting why there is none; ``check``'s complaint is noted as well."""
         try:
-            if not path.is_file():
-                self.add(Problem.MISSING_FILE, path, f"{kind} file is missing", spoils)
-                return None
-            return _read_picture(path, self.decode)
-        except DECODE_ERRORS as error:
-            self.add(Problem.UNREADABLE, path, f"{kind} is unreadable or truncated: {error}", spoils)
+            header = pictures.read_header(path)
+        except FileNotFoundError:
+            self.add(Problem.MISSING_FILE, path, f"{kind} file is missing", spoils)
+            return None
+        except PictureError as error:
+            self._fault(path, kind, error, spoils)
+            return None
+        try:
+            check(header, expected)
+        except PictureError as error:
+            self._fault(path, kind, error, spoils)
+            return _Opened(header, is_sound=False)
+        return _Opened(header, is_sound=True)
+
+    def _pixels(self, path: Path, kind: str, read: _Reader, spoils: str = FRAME) -> np.ndarray | None:
+        try:
+            return np.asarray(read(path))
+        except PictureError as error:
+            self._fault(path, kind, error, spoils)
             return None
 
-
-@dataclass(frozen=True)
-class _Picture:
-    size: tuple[int, int]  # (width, height)
-    mode: str
-    pixels: np.ndarray | None
-
-
-def _read_picture(path: Path, decode: bool) -> _Picture:
-    if os.path.getsize(path) == 0:
-        raise OSError("the file is empty")
-    if not decode:
-        with Image.open(path) as picture:
-            return _Picture(picture.size, picture.mode, None)
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as picture:
-        picture.load()
-        # libjpeg invents the rest of a picture whose tail is zeros (a download cut short): no end marker, no picture
-        end_marker = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(picture.format or "", b"")
-        if end_marker not in data:
-            raise OSError(f"{picture.format} without end marker")
-        return _Picture(picture.size, picture.mode, np.asarray(picture))
-
-
-def _is_black(pixels: np.ndarray) -> bool:
-    color = pixels[..., :3] if pixels.ndim == 3 else pixels  # without alpha
-    return not color.any()
+    def _fault(self, path: Path, kind: str, error: PictureError, spoils: str) -> None:
+        problem = _PROBLEM_OF_FAULT[error.fault]
+        if problem is Problem.PICTURE_MODE and kind != "picture":
+            problem = Problem.MASK_VALUES if kind == "mask" else Problem.DEPTH_VALUES
+        self.add(problem, path, f"{kind} {error.what}", spoils)
 
 
 @contextlib.contextmanager
@@ -351,7 +370,3 @@ def _rotation_error(R: Sequence[Sequence[float]]) -> tuple[float, float]:
     error = max(abs(value - (i == j)) for i, j, value in gram)
     (a, b, c), (d, e, f), (g, h, i) = R
     return error, a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
-
-
-def _shown(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]} (width x height)"

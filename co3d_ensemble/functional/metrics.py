@@ -200,7 +200,8 @@ def challenge_metrics(
         gt_depth_mask: 0/1 validity of ``gt_depth``, shape (1, H, W); None = valid wherever it is above 0.
 
     Returns:
-        A float per name of ``METRIC_NAMES``; ``depth_abs_fg`` is None without ``gt_depth``.
+        A float per name of ``METRIC_NAMES``; ``depth_abs_fg`` is None without ``gt_depth``, and where none of it is counted, for which
+        the challenge's evaluation has 0, the score of a perfect depth.
 
     Raises:
         ValueError: for a non-finite prediction (the depth too, even without ground truth) or shapes that differ.
@@ -208,9 +209,12 @@ def challenge_metrics(
     _check_prediction("depth", depth, gt_mask, channels=1)
     _check_prediction("rgb", rgb, gt_rgb, channels=3)
     _check_ground_truth("gt_mask", gt_mask, rgb)
+    depth_error = None
+    if gt_depth is not None and bool(_counted_depth(gt_depth, gt_mask, gt_depth_mask).any()):
+        depth_error = depth_abs_fg(depth, gt_depth, gt_mask, gt_depth_mask).item()
     return {
         **{name: value.item() for name, value in _psnrs(rgb, gt_rgb, gt_mask).items()},
-        "depth_abs_fg": None if gt_depth is None else depth_abs_fg(depth, gt_depth, gt_mask, gt_depth_mask).item(),
+        "depth_abs_fg": depth_error,
         "iou": iou(mask, gt_mask).item(),
     }
 

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 
+from co3d_ensemble.base.text import read_text
+
 AFTER = {"n=5": 5, "n=10": 10}  # frames after the source
 RANDOM, RANDOM_RANGE = "random", 30  # frames before and after
 CLIP_ROWS = (*AFTER, RANDOM)
@@ -97,7 +99,7 @@ def read_clip_pairs(path: Path | str, clips: Mapping[str, ClipFrames]) -> tuple[
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     pairs, n_missing = [], 0
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(read_text(path, strict=False).splitlines(), start=1):
         if not line.strip():
             continue
         try:

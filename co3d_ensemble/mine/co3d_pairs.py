@@ -8,11 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from co3d_ensemble.base.pictures import PictureError, exactly, read_mask, read_photo
 from co3d_ensemble.data.audit import audit_subset, usable_frames
 from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord
 from co3d_ensemble.functional.cameras import opencv_from_pinhole
 from co3d_ensemble.mine.co3d_points import SEQUENCE_ANNOTATIONS_FILE, SequenceClouds, has_depth, known_depths, read_depth
-from co3d_ensemble.mine.pictures import check_settings, fit_size, read_picture
+from co3d_ensemble.mine.pictures import check_settings, fit_size
 from co3d_ensemble.mine.views import View, ViewPairs
 
 logger = logging.getLogger(__name__)
@@ -89,15 +90,29 @@ class CO3DPairs(ViewPairs):
             self._leave_out_what_has_no_points()
 
     def load(self, key: FrameRecord) -> View:  # type: ignore[override]
-        image = read_picture(key.image_path)
+        size = (key.height, key.width)
+        image = read_photo(key.image_path, exactly(size, "annotated as"))
         fit = fit_size((key.height, key.width), height=self.height, width=self.width, mode=self.fit)
         K, R, t = opencv_from_pinhole(key.camera())
         K = fit.intrinsics(K.double())
-        mask = fit.picture(read_picture(key.mask_path, "L")) if key.mask_path else None
-        depth = fit.nearest(read_depth(key)) if has_depth(key) else None
+        mask = fit.picture(read_mask(key.mask_path, exactly(size, "its picture"))) if key.mask_path else None
+        depth = self._depth(key)
+        depth = None if depth is None else fit.nearest(depth)
         points = self._points(key, K, R.double(), t.double(), depth)
         name = f"{key.category}/{key.sequence_name}"
         return View(name, str(key.frame_number), fit.picture(image), K, R.double(), t.double(), points=points, depth=depth, mask=mask)
+
+    def _depth(self, record: FrameRecord) -> Tensor | None:
+        """The frame's depth; one that cannot be used costs no more where points come from the cloud or are not wanted."""
+        if not has_depth(record):
+            return None
+        try:
+            return read_depth(record)
+        except PictureError as error:
+            if self.n_points and (self.points == "depth" or self._cloud_path(record) is None):
+                raise PictureError(f"{error}; check=decode leaves such frames out, n_points=0 does without points") from error
+            logger.warning("frame %s has no depth: %s", record.name, error)
+            return None
 
     def _chosen(self, subsets: Sequence[str] | None) -> list[tuple[str, str]]:
         if subsets is None:

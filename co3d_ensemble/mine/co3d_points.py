@@ -6,17 +6,16 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from co3d_ensemble.base.messages import shown
 from co3d_ensemble.base.paths import inside
 from co3d_ensemble.data.co3d import FrameRecord
+from co3d_ensemble.data.depth_maps import load_depth
 from co3d_ensemble.data.json_files import read_json
 from co3d_ensemble.functional.cameras import opencv_from_pinhole, pixel_centers
 from co3d_ensemble.functional.types import Frame
-from co3d_ensemble.mine.pictures import picture_size, read_picture
 from co3d_ensemble.mine.point_cloud import read_ply_points, seen_points
 from co3d_ensemble.mine.protocols import evenly_spread
 
@@ -83,21 +82,13 @@ def has_depth(record: FrameRecord) -> bool:
 def read_depth(record: FrameRecord) -> Tensor:
     """z in world units, 0 where the depth map or its mask says unknown, float32, shape (1, H, W).
 
-    CO3D's depth PNGs hold the bits of float16 numbers in 16-bit gray, to be multiplied by the scale adjustment.
+    Raises:
+        FileNotFoundError, PictureError: naming the file that is missing, spoilt, or says nothing.
     """
-    path = record.depth_path
-    picture_size(path)  # names the file
-    bits = np.asarray(read_picture(path, "I")).astype(np.uint16)
-    depth = torch.from_numpy(bits.view(np.float16).astype(np.float32)) * record.depth_scale_adjustment
-    depth = torch.where(torch.isfinite(depth) & (depth > 0), depth, 0.0)[None]
-    if record.depth_mask_path is not None and record.depth_mask_path.is_file():
-        valid = torch.from_numpy(np.asarray(read_picture(record.depth_mask_path, "I")).astype(np.int64))[None]
-        if valid.shape != depth.shape:
-            raise ValueError(f"{record.depth_mask_path}: {tuple(valid.shape[1:])} pixels, its depth map has {tuple(depth.shape[1:])}")
-        depth = depth * (valid > 0)
-    if depth.shape[1:] != (record.height, record.width):
-        raise ValueError(f"{path}: {tuple(depth.shape[1:])} pixels (height, width), annotated as {(record.height, record.width)}")
-    return depth
+    assert record.depth_path is not None
+    mask_path = record.depth_mask_path if record.depth_mask_path is not None and record.depth_mask_path.is_file() else None
+    depth, mask = load_depth(record.depth_path, mask_path, (record.height, record.width), scale=record.depth_scale_adjustment)
+    return (depth if mask is None else depth * mask).clamp_min(0)
 
 
 def known_depths(depth: Tensor) -> Tensor:

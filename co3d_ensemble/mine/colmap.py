@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from co3d_ensemble.base.paths import listed
+from co3d_ensemble.base.text import read_text
 from co3d_ensemble.mine.pictures import numbers
 
-# model: (number in binary files, names of the parameters); other models (fisheyes) are refused by name
+# model: (number in binary files, names of the parameters); other models are refused by name
 MODELS = {
     "SIMPLE_PINHOLE": (0, ("f", "cx", "cy")),
     "PINHOLE": (1, ("fx", "fy", "cx", "cy")),
@@ -27,6 +29,12 @@ MODELS = {
     "OPENCV": (4, ("fx", "fy", "cx", "cy", "k1", "k2", "p1", "p2")),
     "FULL_OPENCV": (6, ("fx", "fy", "cx", "cy", "k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")),
 }
+_REFUSED = {
+    **{5: "OPENCV_FISHEYE", 7: "FOV", 8: "SIMPLE_RADIAL_FISHEYE", 9: "RADIAL_FISHEYE", 10: "THIN_PRISM_FISHEYE"},
+    **{11: "RAD_TAN_THIN_PRISM_FISHEYE", 12: "SIMPLE_DIVISION", 13: "DIVISION", 14: "SIMPLE_FISHEYE", 15: "FISHEYE"},
+    **{16: "EUCM", 17: "EQUIRECTANGULAR"},
+}
+NAMES = {number: name for name, (number, _) in MODELS.items()} | _REFUSED  # in binary files
 NO_POINT = 2**64 - 1  # the id of a feature without a point in binary files; -1 in text files
 
 
@@ -96,18 +104,34 @@ def is_colmap_model(folder: Path) -> bool:
     return any((folder / f"images.{suffix}").is_file() for suffix in ("bin", "txt"))
 
 
+def colmap_models(folder: Path) -> list[Path]:
+    """The folder and those in it that hold a model: of photographs that do not hang together COLMAP makes several, ``0``, ``1``, ..."""
+    if not folder.is_dir():
+        return []
+    return [path for path in (folder, *(path for path in listed(folder) if path.is_dir())) if is_colmap_model(path)]
+
+
+def image_names(folder: Path) -> list[str]:
+    """Names of the images that the model in ``folder`` has; errors as :func:`read_colmap_model`."""
+    suffix, readers = _layout(folder)
+    return [image.name for image in _named(readers["images"], folder / f"images.{suffix}")]
+
+
+def _layout(folder: Path) -> tuple[str, dict[str, Callable[[Path], Any]]]:
+    return ("bin", _BINARY) if (folder / "images.bin").is_file() else ("txt", _TEXT)
+
+
 def read_colmap_model(folder: Path) -> ColmapModel:
     """The model in ``folder``: cameras, images and points3D as .bin, or where there are none as .txt.
 
     Raises:
         FileNotFoundError, ValueError: naming the file, and in text the line, that is missing, malformed or contradicts another.
     """
-    suffix = "bin" if (folder / "images.bin").is_file() else "txt"
+    suffix, readers = _layout(folder)
     paths = {name: folder / f"{name}.{suffix}" for name in ("cameras", "images", "points3D")}
     for path in paths.values():
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: expected a COLMAP model, cameras, images and points3D as .bin or .txt")
-    readers = _BINARY if suffix == "bin" else _TEXT
     cameras, images, points = (_named(readers[name], path) for name, path in paths.items())
     for image in images:
         if image.camera_id not in cameras:
@@ -127,9 +151,16 @@ def _named(reader: Callable[[Path], Any], path: Path) -> Any:
         raise ValueError(f"{path}: truncated or malformed: {error}") from error
 
 
+def _unsupported(model: str) -> str:
+    return (
+        f"camera model {model} is not supported; supported are {', '.join(MODELS)} "
+        "(colmap image_undistorter makes photographs and a model without distortion)"
+    )
+
+
 def _camera(model: str, width: int, height: int, parameters: list[float], where: str) -> ColmapCamera:
     if model not in MODELS:
-        raise ValueError(f"{where}: camera model {model} is not supported; supported are {', '.join(MODELS)}")
+        raise ValueError(f"{where}: {_unsupported(model)}")
     names = MODELS[model][1]
     n_focal = sum(name.startswith("f") for name in names)
     sizes = (width, height, *parameters[:n_focal])
@@ -155,7 +186,7 @@ def _image(name: str, camera_id: int, pose: list[float], point_ids: tuple[int, .
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """(place, content) of the lines that are no comments; an image without features has an empty line."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.startswith("#"):
             yield f"{path}, line {number}", line.strip()
 
@@ -237,13 +268,13 @@ class _Bytes:
 
 def _binary_cameras(path: Path) -> dict[int, ColmapCamera]:
     file, cameras = _Bytes(path), {}
-    names = {number: name for name, (number, _) in MODELS.items()}
     for _ in range(file.take("Q")[0]):
         camera_id, number, width, height = file.take("iiQQ")
-        if number not in names:
-            raise ValueError(f"{path}: camera model number {number} is not supported; supported are {', '.join(MODELS)}")
-        parameters = list(file.take(f"{len(MODELS[names[number]][1])}d"))
-        cameras[camera_id] = _camera(names[number], width, height, parameters, str(path))
+        model = NAMES.get(number, f"number {number}, which is none of COLMAP's known ones,")
+        if model not in MODELS:  # how many parameters it has is not known here
+            raise ValueError(f"{path}: camera {camera_id}: {_unsupported(model)}")
+        parameters = list(file.take(f"{len(MODELS[model][1])}d"))
+        cameras[camera_id] = _camera(model, width, height, parameters, f"{path}: camera {camera_id}")
     return cameras
 
 

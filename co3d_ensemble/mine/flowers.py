@@ -24,8 +24,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from co3d_ensemble.base.paths import inside, listed
+from co3d_ensemble.base.pictures import read_photo
 from co3d_ensemble.mine.pairs import Pair
-from co3d_ensemble.mine.pictures import check_settings, existing_folder, fit_size, picture_size, read_picture, text_lines
+from co3d_ensemble.mine.pictures import check_settings, existing_folder, fit_size, picture_size, text_lines
 from co3d_ensemble.mine.views import View, make_pair
 
 LENSLET = 14  # pixels behind each lens, in each direction
@@ -79,7 +81,7 @@ class Flowers(Dataset[Pair]):
     ) -> None:
         check_settings(height=height, width=width, fit=fit, check=check, n_points=n_points)
         root = existing_folder(Path(root), "light fields")
-        self._paths = _split(root, split) if files is None else [root / name for name in files]
+        self._paths = _split(root, split) if files is None else _named(root, files, "files")
         if not self._paths:
             raise FileNotFoundError(f"{root}: no light fields, *.png, for split={split!r}")
         for path in self._paths:
@@ -119,7 +121,7 @@ class Flowers(Dataset[Pair]):
     def _light_field(self, path: Path) -> np.ndarray:
         """The used views of a file, shape (N_VIEWS, N_VIEWS, rows of lenses, columns of lenses, 3), uint8."""
         if path not in self._decoded:
-            image = read_picture(path)
+            image = read_photo(path)
             rows, columns = _lens_grid(path, (image.height, image.width))
             lenses = np.asarray(image)[: rows * LENSLET, : columns * LENSLET].reshape(rows, LENSLET, columns, LENSLET, 3)
             used = slice(FIRST_VIEW, FIRST_VIEW + N_VIEWS)
@@ -145,12 +147,19 @@ def _split(root: Path, split: str) -> list[Path]:
     if len(missing) == 1:
         raise FileNotFoundError(f"{root / missing[0]} is missing: the published split is {' and '.join(LISTS)}")
     if not missing:
-        train, test = ([root / line for line in text_lines(root / name)] for name in LISTS)
+        train, test = (_named(root, text_lines(root / name), str(root / name)) for name in LISTS)
         held_out = train[::VAL_EVERY]
         return {"train": [path for i, path in enumerate(train) if i % VAL_EVERY], "val": held_out, "test": test}[split]
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() == ".png")
+    paths = [path for path in listed(root, deep=True) if path.suffix.lower() == ".png"]
     np.random.RandomState(SPLIT_SEED).shuffle(paths)
     n_train, n_val = (round(share * len(paths)) for share in SPLIT_SHARES)
     cuts = {"train": (0, n_train), "val": (n_train, n_train + n_val), "test": (n_train + n_val, len(paths))}
     start, end = cuts[split]
     return paths[start:end]
+
+
+def _named(root: Path, names: Sequence[str], source: str) -> list[Path]:
+    try:
+        return [inside(root, name) for name in names]
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from co3d_ensemble.base.paths import inside
 from co3d_ensemble.mine.depth_pairs import MATLAB_PIXEL, depth_pair, read_matlab5
 from co3d_ensemble.mine.pairs import Pair
 from co3d_ensemble.mine.pictures import check_settings, text_lines
@@ -51,7 +52,7 @@ class IBims(Dataset[Pair]):
         names = text_lines(path)
         if not names:
             raise ValueError(f"{path}: empty, expected a name per line")
-        self._paths = [_found(Path(root), name) for name in names]
+        self._paths = [_found(Path(root), name, path) for name in names]
         if check == "decode":
             for index in range(len(self)):
                 self[index]
@@ -71,8 +72,11 @@ class IBims(Dataset[Pair]):
         )
 
 
-def _found(root: Path, name: str) -> Path:
-    places = [root / folder / f"{name}.mat" for folder in FOLDERS]
+def _found(root: Path, name: str, source: Path) -> Path:
+    try:
+        places = [inside(root / folder, f"{name}.mat") for folder in FOLDERS]
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     path = next((path for path in places if path.is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{places[0]} is missing, also in {', '.join(folder for folder in FOLDERS if folder)}")

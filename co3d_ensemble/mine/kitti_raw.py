@@ -18,16 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from co3d_ensemble.mine.pictures import (
-    check_settings,
-    check_size,
-    existing_folder,
-    fit_size,
-    numbers,
-    picture_size,
-    pictures_in,
-    read_picture,
-)
+from co3d_ensemble.base.paths import plain_part
+from co3d_ensemble.base.pictures import exactly, read_photo
+from co3d_ensemble.base.text import read_text
+from co3d_ensemble.mine.pictures import check_settings, existing_folder, fit_size, numbers, picture_size, pictures_by_stem
 from co3d_ensemble.mine.views import View, ViewPairs
 
 CITY_SEQUENCES = (
@@ -78,7 +72,7 @@ def read_calibration(path: Path) -> dict[int, StereoCamera]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected the calibration of the day")
     entries: Mapping[str, tuple[int, str]] = {}
-    for i, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    for i, line in enumerate(read_text(path, strict=False).splitlines(), 1):
         key, colon, value = line.partition(":")
         if colon:
             entries[key.strip()] = (i, value)  # type: ignore[index]
@@ -136,7 +130,7 @@ class KITTIRaw(ViewPairs):
     ) -> None:
         super().__init__(n_points=n_points, random_target=random_target, cache_megabytes=cache_megabytes)
         check_settings(height=height, width=width, fit=fit, check=check, n_points=n_points)
-        names = city_sequences(split) if sequences is None else list(sequences)
+        names = city_sequences(split) if sequences is None else [plain_part(name, "sequences") for name in sequences]
         sources = sources or ("both" if split == "train" else "left")
         if sources not in SOURCES:
             raise ValueError(f"sources={sources!r}: expected one of {', '.join(SOURCES)}")
@@ -155,8 +149,7 @@ class KITTIRaw(ViewPairs):
     def load(self, key: tuple[str, int, Path]) -> View:  # type: ignore[override]
         sequence, number, path = key
         camera = self._cameras[sequence[:10]][number]
-        image = read_picture(path)
-        check_size(path, (image.height, image.width), (camera.height, camera.width), f"S_rect_0{number} of calib_cam_to_cam.txt")
+        image = read_photo(path, exactly((camera.height, camera.width), f"S_rect_0{number} of calib_cam_to_cam.txt says"))
         fit = fit_size((image.height, image.width), height=self.height, width=self.width, mode=self.fit)
         name = f"{path.stem}_{'left' if number == LEFT else 'right'}"
         return View(sequence, name, fit.picture(image), fit.intrinsics(camera.K), torch.eye(3, dtype=torch.float64), camera.t)
@@ -164,7 +157,7 @@ class KITTIRaw(ViewPairs):
     def _stereo_frames(self, root: Path, name: str, check: str) -> list[tuple[Path, Path]]:
         folder = root / name[:10] / f"{name}_sync"
         sides = [
-            {path.stem: path for path in pictures_in(existing_folder(folder / f"image_0{camera}" / "data", f"camera {camera} of {name}"))}
+            pictures_by_stem(existing_folder(folder / f"image_0{camera}" / "data", f"camera {camera} of {name}"))
             for camera in (LEFT, RIGHT)
         ]
         alone = sorted(sides[0].keys() ^ sides[1].keys())
@@ -175,6 +168,6 @@ class KITTIRaw(ViewPairs):
         for pair in frames if check != "none" else []:
             for number, path in zip((LEFT, RIGHT), pair):
                 camera = self._cameras[name[:10]][number]
-                size = picture_size(path, check)
-                check_size(path, size, (camera.height, camera.width), f"S_rect_0{number} of {name[:10]}/calib_cam_to_cam.txt")
+                source = f"S_rect_0{number} of {name[:10]}/calib_cam_to_cam.txt says"
+                picture_size(path, check, exactly((camera.height, camera.width), source))
         return frames

@@ -1,21 +1,26 @@
 """LLFF scenes (Mildenhall et al., 2019): photographs with a COLMAP sparse model, lens distortion undone.
 
-ROOT/<scene>/sparse/0/           cameras, images, points3D as .bin or .txt (or in ROOT/<scene>/sparse/)
+ROOT/<scene>/sparse/0/           cameras, images, points3D as .bin or .txt (or in ROOT/<scene>/sparse/); of several models, sparse/0,
+                                 sparse/1, ..., the one with most images
 ROOT/<scene>/images/             the photographs, or a reduced copy such as images_4, whose files have the photographs' names
                                  or, as in nerf_llff_data, other names in the same order
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from co3d_ensemble.base.paths import inside, listed
+from co3d_ensemble.base.pictures import Expected, read_photo, shown_size
 from co3d_ensemble.functional.cameras import pixel_centers, resized_intrinsics
-from co3d_ensemble.mine.colmap import ColmapCamera, ColmapImage, ColmapModel, is_colmap_model, read_colmap_model
+from co3d_ensemble.mine.colmap import ColmapCamera, ColmapModel, colmap_models, image_names, read_colmap_model
+from co3d_ensemble.mine.named_pictures import find_pictures
 from co3d_ensemble.mine.pictures import (
     SIZE_TOLERANCE,
     Fit,
@@ -24,10 +29,11 @@ from co3d_ensemble.mine.pictures import (
     fit_size,
     picture_size,
     pictures_in,
-    read_picture,
     to_tensor,
 )
 from co3d_ensemble.mine.views import View, ViewPairs, visible_points
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "val")
 HOLD_OUT = 8  # every eighth photograph, from the first one in the order of names, as NeRF's and MINE's tests
@@ -78,7 +84,7 @@ class LLFF(ViewPairs):
             raise ValueError(f"n_neighbours={n_neighbours}: must be at least 1")
         self.height, self.width, self.fit = height, width, fit
         folders = _scene_folders(existing_folder(Path(root), "LLFF scenes"), scenes)
-        self._models = [read_colmap_model(_model_folder(folder)) for folder in folders]
+        self._models = [read_colmap_model(_model_folder(folder, images)) for folder in folders]
         pointless = next((model.path for model in self._models if not any(image.point_ids for image in model.images)), None)
         if n_points and pointless:
             raise ValueError(f"{pointless}: none of its images sees a point; n_points=0 does without")
@@ -99,9 +105,10 @@ class LLFF(ViewPairs):
         model, path = self._models[scene], self._paths[scene][i]
         image = model.images[i]
         camera = model.cameras[image.camera_id]
-        picture, K = undistorted(read_picture(path), camera, height=self.height, width=self.width, mode=self.fit)
+        photo = read_photo(path, _reduced(model, image.camera_id))
+        picture, K = undistorted(photo, camera, height=self.height, width=self.width, mode=self.fit)
         points = visible_points(model.points_of(image), K, height=self.height, width=self.width) if self.n_points else None
-        return View(self._names[scene], Path(image.name).stem, picture, K, image.R, image.t, points=points)
+        return View(self._names[scene], str(PurePosixPath(image.name).with_suffix("")), picture, K, image.R, image.t, points=points)
 
 
 def undistorted(photo: Image.Image, camera: ColmapCamera, *, height: int, width: int, mode: str) -> tuple[Tensor, Tensor]:
@@ -152,45 +159,45 @@ def _box_inside(camera: ColmapCamera, fit: Fit) -> Fit:
 
 def _scene_folders(root: Path, names: Sequence[str] | None) -> list[Path]:
     if names is not None:
-        return [existing_folder(root / name, f"scene {name}") for name in names]
-    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and is_colmap_model(_model_folder(folder)))
+        return [existing_folder(inside(root, name), f"scene {name}") for name in names]
+    folders = [folder for folder in listed(root) if folder.is_dir() and colmap_models(folder / "sparse")]
     if not folders:
         raise FileNotFoundError(f"{root}: no scene in it has a COLMAP model, <scene>/sparse/0/images.bin or .txt")
     return folders
 
 
-def _model_folder(scene: Path) -> Path:
-    return scene / "sparse" if is_colmap_model(scene / "sparse") else scene / "sparse" / "0"
+def _model_folder(scene: Path, images: str) -> Path:
+    """The model with most images; of several it is said which, and how many photographs none of them has."""
+    models = colmap_models(scene / "sparse") or [scene / "sparse" / "0"]  # which is missing, as reading it will say
+    if len(models) == 1:
+        return models[0]
+    names = {model: image_names(model) for model in models}
+    chosen = max(models, key=lambda model: len(names[model]))
+    registered = {PurePosixPath(name).with_suffix("") for found in names.values() for name in found}
+    photographs = {path.relative_to(scene / images).with_suffix("") for path in pictures_in(scene / images, deep=True)}
+    logger.warning(
+        "%s: of %d COLMAP models the one with most images is taken, %s with %d; of %d photographs in %s, %d are in no model",
+        *(scene, len(models), chosen.relative_to(scene), len(names[chosen])),
+        *(len(photographs), images, sum(PurePosixPath(path) not in registered for path in photographs)),
+    )
+    return chosen
 
 
 def _pictures(folder: Path, model: ColmapModel, check: str) -> list[Path]:
-    """The picture of each of the model's images, by its name's stem or else by its place in the order of names."""
-    files = pictures_in(existing_folder(folder, "photographs"))
-    by_stem = {path.stem: path for path in files}
-    stems = [Path(image.name).stem for image in model.images]
-    if all(stem in by_stem for stem in stems):
-        paths = [by_stem[stem] for stem in stems]
-    elif len(files) == len(stems) and not any(stem in by_stem for stem in stems):
-        paths = files
-    else:
-        missing = next(stem for stem in stems if stem not in by_stem)
-        raise FileNotFoundError(f"{folder / missing}.* is missing: {model.path} has {len(stems)} images, the folder {len(files)}")
-    for path, image in zip(paths, model.images):
-        _check(path, image, model, check)
+    """The picture of each of the model's images."""
+    paths = find_pictures(existing_folder(folder, "photographs"), [image.name for image in model.images], str(model.path))
+    for path, image in zip(paths, model.images) if check != "none" else ():
+        picture_size(path, check, _reduced(model, image.camera_id))
     return paths
 
 
-def _check(path: Path, image: ColmapImage, model: ColmapModel, check: str) -> None:
-    if check == "none":
-        return
-    height, width = picture_size(path, check)
-    camera = model.cameras[image.camera_id]
-    share = width / camera.width
-    if share > 1 or abs(camera.height * share - height) > SIZE_TOLERANCE:
-        raise ValueError(
-            f"{path}: picture is {width}x{height} (width x height), no reduced copy of the {camera.width}x{camera.height} "
-            f"that {model.path} gives camera {image.camera_id}"
-        )
+def _reduced(model: ColmapModel, camera_id: int) -> Expected:
+    """The sizes of a camera's photograph and of its reduced copies."""
+    camera = model.cameras[camera_id]
+    return Expected(
+        lambda height, width: width <= camera.width and abs(camera.height * width / camera.width - height) <= SIZE_TOLERANCE,
+        f"no reduced copy of the {shown_size((camera.height, camera.width))} that {model.path} gives camera {camera_id}",
+    )
 
 
 def _split(n: int, split: str) -> tuple[list[int], list[int]]:

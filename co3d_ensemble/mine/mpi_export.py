@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from co3d_ensemble.data.audit import DECODE_ERRORS
+from co3d_ensemble.base.paths import inside
+from co3d_ensemble.base.pictures import exactly, read_rgba
 from co3d_ensemble.files import write_bytes_atomic, write_json_atomic
 from co3d_ensemble.functional.mpi import plane_distances
 from co3d_ensemble.mine.inference import PlaneStack
@@ -139,23 +140,12 @@ def read_mpi(folder: Path) -> ExportedMPI:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         height, width, camera = index["height"], index["width"], index["intrinsics"]
-        files = [Path(folder) / plane["file"] for plane in index["planes"]]
+        files = [inside(folder, plane["file"]) for plane in index["planes"]]
         disparity = torch.tensor([float(plane["disparity"]) for plane in index["planes"]])
         K = torch.tensor([[camera["fx"], 0.0, camera["cx"]], [0.0, camera["fy"], camera["cy"]], [0.0, 0.0, 1.0]])
         if (index["format"], index["version"]) != (FORMAT, VERSION) or not files:
             raise ValueError(f"format {index['format']!r}, version {index['version']!r}, {len(files)} planes")
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not an exported multiplane image: {error}") from error
-    planes = torch.from_numpy(np.stack([_read_plane(file, (height, width)) for file in files])).permute(0, 3, 1, 2).float() / LEVELS
+    planes = torch.from_numpy(np.stack([read_rgba(file, exactly((height, width))) for file in files])).permute(0, 3, 1, 2).float() / LEVELS
     return ExportedMPI(planes[:, :3], planes[:, 3:], disparity, K, index)
-
-
-def _read_plane(path: Path, size: tuple[int, int]) -> np.ndarray:
-    try:
-        with Image.open(path) as picture:
-            mode, pixels = picture.mode, np.array(picture)
-    except DECODE_ERRORS as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    if mode != "RGBA" or pixels.shape[:2] != size:
-        raise ValueError(f"{path}: expected RGBA of {size[0]} x {size[1]} pixels (H, W), got {mode} of {pixels.shape[:2]}")
-    return pixels

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from co3d_ensemble.data.audit import DECODE_ERRORS
+from co3d_ensemble.base.pictures import read_header, read_photo
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ def load_photo(
 ) -> Photo:
     """Reads a photograph and fits it to the network.
 
-    EXIF's orientation is applied; transparent pixels are laid over a background; grayscale, palette, 16-bit and CMYK
-    pictures become RGB. Resampling is Lanczos', which averages when it reduces.
+    EXIF's orientation is applied; transparent pixels are laid over a background; pictures of other modes become RGB. Resampling is
+    Lanczos', which averages when it reduces.
 
     Args:
         height, width: the network's size in pixels.
@@ -70,7 +70,10 @@ def load_photo(
         raise ValueError(f"fit={fit!r}: expected one of {', '.join(FITS)}")
     if fov is not None and not 0 < fov < 180:
         raise ValueError(f"fov={fov}: must lie between 0 and 180 degrees")
-    picture, focal_35mm = _read(Path(path), background)
+    focal_35mm = read_header(Path(path)).focal_35mm
+    picture = read_photo(Path(path), upright=True, background=background)
+    if min(picture.size) < SMALLEST_SIDE:
+        raise ValueError(f"{path}: {picture.width} x {picture.height} pixels; at least {SMALLEST_SIDE} on each side are needed")
     fov, fov_source = _field_of_view(fov, focal_35mm, picture.size)
     left, top, right, bottom = _crop_box(picture.size, height / width) if fit == "crop" else (0.0, 0.0, *map(float, picture.size))
     size = _size_keeping_aspect(picture.size, height * width) if fit == "whole" else (width, height)
@@ -86,33 +89,6 @@ def load_photo(
     )
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
     return Photo(pixels.contiguous(), K, fov, fov_source, (picture.height, picture.width))
-
-
-def _read(path: Path, background: float) -> tuple[Image.Image, float | None]:
-    """The upright RGB picture and EXIF's 35 mm equivalent focal length, if it has one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with Image.open(path) as opened:
-            focal = opened.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.FocalLengthIn35mmFilm)
-            upright = ImageOps.exif_transpose(opened)
-            upright.load()
-    except DECODE_ERRORS as error:
-        raise ValueError(f"{path}: cannot be read as a picture: {error}") from error
-    if min(upright.size) < SMALLEST_SIDE:
-        raise ValueError(f"{path}: {upright.width} x {upright.height} pixels; at least {SMALLEST_SIDE} on each side are needed")
-    return _to_rgb(upright, background), float(focal) if focal else None
-
-
-def _to_rgb(picture: Image.Image, background: float) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit gray; Pillow's own conversion cuts values at 255
-        values = np.clip(np.array(picture).astype(np.float64) / 257, 0, 255)
-        picture = Image.fromarray(values.round().astype(np.uint8))
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        grey = round(255 * background)
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, (grey, grey, grey, 255)), picture)
-    return picture.convert("RGB")
 
 
 def _field_of_view(given: float | None, focal_35mm: float | None, size: tuple[int, int]) -> tuple[float, str]:

@@ -1,8 +1,7 @@
-"""Picture files to tensors of the data set's size: strict reading, and a fit that takes the intrinsics along."""
+"""Pictures to tensors of the data set's size: a fit that takes the intrinsics along, and what the readers of data sets share."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from co3d_ensemble.data.audit import DECODE_ERRORS, MAX_ROTATION_ERROR
+from co3d_ensemble.base.paths import listed
+from co3d_ensemble.base.pictures import Expected, Size, photo_size
+from co3d_ensemble.base.text import read_text
+from co3d_ensemble.data.audit import MAX_ROTATION_ERROR
 
 FITS = ("stretch", "crop")
 CHECKS = ("headers", "decode", "none")
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
-END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 MIN_SIDE = 8  # pixels
 SIZE_TOLERANCE = 1.01  # pixels by which a reduced picture's side may differ from its camera's, as programs round
 
@@ -89,40 +90,9 @@ def to_tensor(image: Image.Image) -> Tensor:
     return (scaled if image.mode == "F" else scaled / 255).contiguous()
 
 
-def read_picture(path: Path, mode: str = "RGB") -> Image.Image:
-    """The whole picture, or ValueError with the path: damaged, cut short, or no picture; FileNotFoundError: not there."""
-    try:
-        data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
-            # libjpeg invents the rest of a picture whose tail is missing or zero: without its end marker it is cut short
-            if END_MARKERS.get(picture.format or "", b"") not in data:
-                raise OSError(f"{picture.format} without end marker")
-            return picture.convert(mode)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing") from error
-    except DECODE_ERRORS as error:
-        raise ValueError(f"{path}: unreadable or truncated picture: {error}") from error
-
-
-def picture_size(path: Path, check: str = "headers") -> tuple[int, int]:
-    """(height, width) from the header, or with ``check="decode"`` after reading all of it; errors as :func:`read_picture`."""
-    if check == "decode":
-        width, height = read_picture(path).size
-        return height, width
-    try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing") from error
-    except DECODE_ERRORS as error:
-        raise ValueError(f"{path}: not a picture: {error}") from error
-
-
-def check_size(path: Path, size: tuple[int, int], expected: tuple[int, int], source: Path | str) -> None:
-    """ValueError unless the picture has exactly the (height, width) that ``source``, its calibration, gives."""
-    if size != expected:
-        raise ValueError(f"{path}: picture is {size[1]}x{size[0]} (width x height), {source} says {expected[1]}x{expected[0]}")
+def picture_size(path: Path, check: str = "headers", expected: Expected | None = None) -> Size:
+    """(height, width) of a photograph from the header, or with ``check="decode"`` after reading all of it; errors as ``read_photo``."""
+    return photo_size(path, expected, decode=check == "decode")
 
 
 def existing_folder(path: Path, what: str) -> Path:
@@ -131,17 +101,28 @@ def existing_folder(path: Path, what: str) -> Path:
     return path
 
 
-def pictures_in(folder: Path) -> list[Path]:
-    """Picture files of a folder, sorted by name."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+def pictures_in(folder: Path, *, deep: bool = False) -> list[Path]:
+    """Picture files of a folder, with ``deep`` of those below as well, sorted."""
+    return [path for path in listed(folder, deep=deep) if path.suffix.lower() in PICTURE_SUFFIXES]
+
+
+def pictures_by_stem(folder: Path) -> dict[str, Path]:
+    """Picture files of a folder by their names without suffix.
+
+    Raises:
+        ValueError: naming two of them that have one: nothing tells which is the photograph.
+    """
+    found: dict[str, Path] = {}
+    for path in pictures_in(folder):
+        if path.stem in found:
+            raise ValueError(f"{found[path.stem]} and {path} are both the picture {path.stem}: move one of them (a mask?) elsewhere")
+        found[path.stem] = path
+    return found
 
 
 def text_lines(path: Path) -> list[str]:
-    """Lines of a text file that are not empty, without the space around them; ValueError with the path where it is no UTF-8."""
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not a text file: {error}") from error
+    """Lines of a text file that are not empty, without the space around them; ValueError with the path where it is no text."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def numbers(words: Sequence[str], where: str) -> list[float]:

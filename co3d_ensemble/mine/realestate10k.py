@@ -21,6 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from co3d_ensemble.base.paths import listed
+from co3d_ensemble.base.pictures import read_photo
+from co3d_ensemble.base.text import read_text
 from co3d_ensemble.mine.clip_model import points_by_frame
 from co3d_ensemble.mine.colmap import is_colmap_model
 from co3d_ensemble.mine.pictures import (
@@ -31,14 +34,14 @@ from co3d_ensemble.mine.pictures import (
     fit_size,
     numbers,
     picture_size,
-    pictures_in,
-    read_picture,
+    pictures_by_stem,
 )
 from co3d_ensemble.mine.views import View, ViewPairs, visible_points
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = 19
+MAX_DIGITS = 18  # of a timestamp: what 64 bits hold
 SAMPLE = "sample"  # the check that opens one picture per clip: there are tens of thousands of clips and millions of pictures
 MODELS_KEPT = 64  # COLMAP models in memory
 POINTS_SCRIPT = "launch/make_realestate10k_points.py"
@@ -55,16 +58,20 @@ class Clip:
         folder: of the frames.
         files: names of the picture files in it, bytes, shape (n,).
         numbers: position of each frame in the camera file, from 0: what frame distances count.
+        times: microseconds of each frame as the camera file has them, shape (n,).
         intrinsics: fx, fy, cx, cy in shares of the picture's sides, shape (n, 4).
         poses: (R | t) world to camera, shape (n, 3, 4).
+        stray: where ``folder`` has pictures and fewer than two are of frames: what one is called and should be called; else "".
     """
 
     name: str
     folder: Path
     files: np.ndarray
     numbers: np.ndarray
+    times: np.ndarray
     intrinsics: np.ndarray
     poses: np.ndarray
+    stray: str
 
     def __len__(self) -> int:
         return len(self.files)
@@ -78,8 +85,8 @@ class Clip:
 
     @property
     def timestamps(self) -> list[int]:
-        """Microseconds of each frame."""
-        return [int(path.stem) for path in self.frames]
+        """Microseconds of each frame as the camera file has them; the file's own name may be off by less than half a frame."""
+        return self.times.tolist()
 
 
 def read_cameras(path: Path) -> tuple[list[int], np.ndarray, np.ndarray]:
@@ -88,8 +95,10 @@ def read_cameras(path: Path) -> tuple[list[int], np.ndarray, np.ndarray]:
     Raises:
         ValueError: naming the file and the line that is malformed, not finite, distorted, or has no rotation.
     """
-    timestamps, rows = [], []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    timestamps: list[int] = []
+    rows = []
+    line_of: dict[int, int] = {}
+    lines = read_text(path, strict=False).splitlines()
     for i, line in enumerate(lines[1:], 2):
         words, where = line.split(), f"{path}, line {i}"
         if not words:
@@ -102,9 +111,13 @@ def read_cameras(path: Path) -> tuple[list[int], np.ndarray, np.ndarray]:
         if values[4] or values[5]:
             raise ValueError(f"{where}: distortion {values[4:6]}: RealEstate10K's cameras have none, and none is undone here")
         check_rotation(np.reshape(values[6:], (3, 4))[:, :3], where)
-        if not words[0].isdigit():
+        if not (words[0].isascii() and words[0].isdecimal() and len(words[0]) <= MAX_DIGITS):
             raise ValueError(f"{where}: timestamp {words[0]!r} is not a whole number of microseconds")
-        timestamps.append(int(words[0]))
+        timestamp = int(words[0])
+        if timestamp in line_of:
+            raise ValueError(f"{where}: timestamp {timestamp} is that of line {line_of[timestamp]} as well: two cameras for one frame")
+        line_of[timestamp] = i
+        timestamps.append(timestamp)
         rows.append(values)
     if not lines or not rows:
         raise ValueError(f"{path}: no cameras; expected the video's address and then one line per frame")
@@ -116,19 +129,54 @@ def camera_files(root: Path, split: str) -> list[Path]:
     """The split's camera files, sorted; FileNotFoundError when there are none."""
     folders = (root / "cameras" / split, root / split)
     for folder in folders:
-        if folder.is_dir() and (files := sorted(folder.glob("*.txt"))):
+        if folder.is_dir() and (files := listed(folder, "*.txt")):
             return files
     raise FileNotFoundError(f"no camera files <clip>.txt in {folders[0]} or {folders[1]}")
 
 
 def read_clip(root: Path, split: str, path: Path) -> Clip:
-    """A clip with those of its frames that are on disk, perhaps none."""
+    """A clip with those of its frames that are on disk, perhaps none.
+
+    A frame is the file of its timestamp, or where there is none the nearest one less than half a frame away: decoders count time
+    otherwise than the published files do.
+
+    Raises:
+        ValueError: as :func:`read_cameras`, or two pictures of one timestamp.
+    """
     timestamps, intrinsics, poses = read_cameras(path)
     folder = root / "frames" / split / path.stem
-    on_disk = {picture.stem: picture.name for picture in pictures_in(folder)} if folder.is_dir() else {}
-    there = [i for i, timestamp in enumerate(timestamps) if str(timestamp) in on_disk]
-    files = np.array([os.fsencode(on_disk[str(timestamps[i])]) for i in there], dtype=bytes)
-    return Clip(path.stem, folder, files, np.array(there, dtype=np.int64), intrinsics[there], poses[there])
+    on_disk = pictures_by_stem(folder) if folder.is_dir() else {}
+    stems = [stem for stem in on_disk if stem.isascii() and stem.isdecimal() and len(stem) <= MAX_DIGITS]
+    nearest = _nearest(np.array(timestamps, dtype=np.int64), np.array([int(stem) for stem in stems], dtype=np.int64))
+    there = np.nonzero(nearest >= 0)[0]
+    files = np.array([os.fsencode(on_disk[stems[i]].name) for i in nearest[there]], dtype=bytes)
+    times, stray = np.array(timestamps, dtype=np.int64)[there], ""
+    if on_disk and len(there) < 2:
+        stray = f"{next(iter(on_disk.values()))} is called otherwise than, for example, {timestamps[0]}.jpg"
+    return Clip(path.stem, folder, files, there, times, intrinsics[there], poses[there], stray)
+
+
+def _nearest(wanted: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Index into ``present`` of the time nearest to each of ``wanted``; -1 where it is half a frame or more away.
+
+    A frame's length is the distance to its nearer neighbour in ``wanted``, so that no time is nearest to two of them. Equal times are
+    matched however near their neighbours are.
+    """
+    if not len(present):
+        return np.full(len(wanted), -1)
+    order = np.argsort(present, kind="stable")
+    ascending = present[order]
+    after = np.searchsorted(ascending, wanted).clip(0, len(present) - 1)
+    before = (after - 1).clip(0)
+    is_before = wanted - ascending[before] <= np.abs(ascending[after] - wanted)
+    found = np.where(is_before & (ascending[before] <= wanted), before, after)
+    gaps = np.diff(np.sort(wanted))
+    by_time = np.argsort(wanted, kind="stable")
+    frame = np.zeros(len(wanted), dtype=np.int64)
+    if len(gaps):
+        frame[by_time] = np.minimum(np.append(gaps, gaps[-1]), np.insert(gaps, 0, gaps[0]))
+    distance = np.abs(ascending[found] - wanted)
+    return np.where((distance == 0) | (2 * distance < frame), order[found], -1)
 
 
 class RealEstate10K(ViewPairs):
@@ -206,7 +254,7 @@ class RealEstate10K(ViewPairs):
     def load(self, key: tuple[int, int]) -> View:  # type: ignore[override]
         clip, frame = self._clips[key[0]], key[1]
         path = clip.frame(frame)
-        image = read_picture(path)
+        image = read_photo(path)
         fit = fit_size((image.height, image.width), height=self.height, width=self.width, mode=self.fit)
         fx, fy, cx, cy = clip.intrinsics[frame] * (image.width, image.height, image.width, image.height)
         K = fit.intrinsics(torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=torch.float64))
@@ -230,10 +278,12 @@ class RealEstate10K(ViewPairs):
             clip = read_clip(self.root, self.split, path)
             (clips if len(clip) > 1 else dropped).append(clip)
         frames = self.root / "frames" / self.split
+        example = next((f"; {clip.stray}" for clip in dropped if clip.stray), "")
         if not clips:
-            raise FileNotFoundError(f"{frames}: no clip has two frames named <clip>/<timestamp>.jpg or .png")
+            raise FileNotFoundError(f"{frames}: no clip has two frames named <clip>/<timestamp>.jpg or .png{example}")
         if dropped:
-            logger.warning("%d of %d clips have fewer than two frames in %s, such as %s", len(dropped), len(files), frames, dropped[0].name)
+            told = "%d of %d clips have fewer than two frames in %s, such as %s%s"
+            logger.warning(told, len(dropped), len(files), frames, dropped[0].name, example)
         if self.n_points:
             clips = _with_models(clips)
         for clip in clips if check != "none" else []:

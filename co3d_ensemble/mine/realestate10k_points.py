@@ -11,18 +11,17 @@ import shutil
 import sqlite3
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from co3d_ensemble.mine.colmap import MODELS, ColmapModel, read_colmap_model
 from co3d_ensemble.mine.pictures import picture_size
+from co3d_ensemble.mine.pycolmap_process import require_pycolmap, run_pycolmap
 from co3d_ensemble.mine.realestate10k import Clip
 
 MIN_POINTS = 20  # of a clip's model; fewer say that the cameras do not fit the frames
 POSE_TOLERANCE = 1e-6  # between poses that went in and that came out
-_INSTALL = "pycolmap is needed to triangulate points: pip install pycolmap"
 
 
 def triangulate_clip(clip: Clip, folder: Path, *, overwrite: bool = False) -> ColmapModel:
@@ -34,16 +33,13 @@ def triangulate_clip(clip: Clip, folder: Path, *, overwrite: bool = False) -> Co
 
     Raises:
         ModuleNotFoundError: pycolmap is not installed.
-        ValueError: too few points were found; names the clip.
+        ValueError: pycolmap failed, or too few points were found; names the clip.
     """
     if (folder / "images.bin").is_file() and not overwrite:
         return read_colmap_model(folder)
-    try:
-        import pycolmap
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(_INSTALL) from error
+    require_pycolmap()
     with tempfile.TemporaryDirectory(prefix="points_", dir=folder.parent) as scratch:
-        model = _triangulate(pycolmap, clip, Path(scratch))
+        model = _triangulate(clip, Path(scratch))
         if len(model.xyz) < MIN_POINTS:
             raise ValueError(f"{folder.parent}: {len(model.xyz)} points triangulated, expected at least {MIN_POINTS}")
         shutil.rmtree(folder, ignore_errors=True)
@@ -51,7 +47,7 @@ def triangulate_clip(clip: Clip, folder: Path, *, overwrite: bool = False) -> Co
     return read_colmap_model(folder)
 
 
-def _triangulate(pycolmap: Any, clip: Clip, scratch: Path) -> ColmapModel:
+def _triangulate(clip: Clip, scratch: Path) -> ColmapModel:
     """The model in a folder under ``scratch``."""
     pictures, known, found = scratch / "pictures", scratch / "known", scratch / "sparse"
     for path in (pictures, known, found):
@@ -61,14 +57,11 @@ def _triangulate(pycolmap: Any, clip: Clip, scratch: Path) -> ColmapModel:
     for name, path in names.items():
         (pictures / name).symlink_to(path.resolve())
     database = scratch / "database.db"
-    pycolmap.extract_features(database, pictures, image_names=list(names), camera_mode=pycolmap.CameraMode.PER_IMAGE)
-    ids = _set_cameras(database, clip)
-    pycolmap.match_sequential(database)
-    write_known_model(known, clip, ids)
-    model = pycolmap.triangulate_points(pycolmap.Reconstruction(known), database, pictures, found)
-    for image in model.images.values():
-        image.name = names[image.name].name
-    model.write(found)
+    folders = {"database": str(database), "pictures": str(pictures)}
+    run_pycolmap("extract", clip.folder, **folders, names=list(names))
+    write_known_model(known, clip, _set_cameras(database, clip))
+    renamed = {name: path.name for name, path in names.items()}
+    run_pycolmap("triangulate", clip.folder, **folders, known=str(known), found=str(found), renamed=renamed)
     result = read_colmap_model(found)
     _check_poses(result, clip)
     return result

@@ -1,25 +1,21 @@
 """Photographs of a CO3Dv2 root through Implicitron's dataset classes, as :class:`Frame`; cameras to PyTorch3D and back.
 
-Pictures are read at their original size and uncropped, then averaged down here: Implicitron's own resize pads to a
-square and is not area-true. The camera follows the picture exactly.
+Cameras come through Implicitron's dataset classes. Pictures are read by ``base/pictures.py`` at their original size, then averaged
+down here: Implicitron's own resize pads to a square and is not area-true. The camera follows the picture exactly.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import os
-import struct
-import warnings
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from pytorch3d.implicitron.dataset.frame_data import FrameData
 from pytorch3d.implicitron.dataset.json_index_dataset import JsonIndexDataset
 from pytorch3d.implicitron.dataset.types import (
     DepthAnnotation,
@@ -34,16 +30,15 @@ from pytorch3d.renderer.cameras import PerspectiveCameras
 from torch import Tensor
 
 from co3d_ensemble.base.paths import plain_part
+from co3d_ensemble.base.pictures import PictureError, exactly, read_mask, read_photo
 from co3d_ensemble.data.annotations import FRAME_ANNOTATIONS_FILE, CategoryAnnotations, FrameKey, FrameRecord
 from co3d_ensemble.data.audit import camera_faults
 from co3d_ensemble.data.co3d import read_subset
+from co3d_ensemble.data.depth_maps import load_depth
 from co3d_ensemble.functional.cameras import ndc_from_pinhole, pinhole_from_ndc
 from co3d_ensemble.functional.types import Frame, PinholeCamera
 
 logger = logging.getLogger(__name__)
-
-# what Pillow, zlib and the dataset raise on a missing, truncated, foreign or wrongly sized file
-_READ_ERRORS = (OSError, ValueError, SyntaxError, AssertionError, struct.error, zlib.error)
 
 
 def load_frames(
@@ -64,7 +59,7 @@ def load_frames(
         longest_side: area-average pictures and masks (depth: nearest) down to this longest side in pixels; smaller
             pictures are left alone; None: original size.
         load_depths: True: depth and its mask, required; False: neither; "auto": both where the annotation names them
-            and the files are there.
+            and the files are there, sound, and say anything.
 
     Raises:
         ValueError: the root, category or subset is not there or malformed, a key is in none of the lists, or a frame has no mask, no
@@ -179,10 +174,10 @@ def _cached(dataset_root: str, category: str, subset_name: str, stamps: tuple[tu
     dataset = _CheckedDataset(
         records=records,
         dataset_root=dataset_root,
-        load_depths=True,  # of each frame: see _load_frame
-        load_depth_masks=True,
-        mask_images=False,
-        mask_depths=False,
+        load_images=False,  # read by base/pictures.py: Implicitron's readers make 16-bit photographs white and 1-bit masks empty
+        load_masks=False,
+        load_depths=False,
+        load_depth_masks=False,
         image_height=None,
         image_width=None,
         box_crop=False,
@@ -195,57 +190,48 @@ def _load_frame(subset: _Subset, key: FrameKey, *, longest_side: int | None, loa
     name = f"{key[0]}/{key[1]}"
     if tuple(key) not in subset.places:
         raise ValueError(f"frame {name}: not among the annotated frames of the subset")
-    dataset, place = subset.dataset, subset.places[tuple(key)]
-    entry, record = dataset.frame_annots[place], subset.records[place]
-    annotation = entry["frame_annotation"]
-    if annotation.mask is None:
-        raise ValueError(f"frame {name}: the annotation of {annotation.image.path} gives no mask")
+    place = subset.places[tuple(key)]
+    record = subset.records[place]
     for _, what in camera_faults(record):
-        raise ValueError(f"frame {name}: the camera of {annotation.image.path} {what}")
-    if not _wants_depth(annotation, dataset.dataset_root, load_depths, name):
-        annotation = replace(annotation, depth=None)
-    single = copy.copy(dataset)  # shares everything but the one annotation
-    single.frame_annots = [{**entry, "frame_annotation": annotation}]
+        raise ValueError(f"frame {name}: the camera of {record.image_path} {what}")
+    size = (record.height, record.width)
     try:
-        with warnings.catch_warnings():
-            # the box of an empty mask (redacted targets) is not used here
-            warnings.filterwarnings("ignore", message="Empty masks_for_bbox")
-            data = single[0]
-    except _READ_ERRORS as error:
-        files = [annotation.image.path, annotation.mask and annotation.mask.path, annotation.depth and annotation.depth.path]
-        raise ValueError(f"frame {name}: cannot read {', '.join(filter(None, files))}: {error}") from error
-    return _frame_from_data(data, name, longest_side)
-
-
-def _wants_depth(annotation: FrameAnnotation, dataset_root: str, load_depths: bool | Literal["auto"], name: str) -> bool:
-    if load_depths is False:
-        return False
-    depth = annotation.depth
-    if depth is None or depth.mask_path is None:  # 0.7.4 cannot load a depth map without its mask
-        if load_depths is True:
-            raise ValueError(f"frame {name}: the annotation has no {'depth map' if depth is None else 'depth mask'}")
-        return False
-    absent = [path for path in (depth.path, depth.mask_path) if not os.path.isfile(os.path.join(dataset_root, path))]
-    if absent and load_depths == "auto":
-        logger.warning("frame %s: %s is not there, so this frame has no depth", name, ", ".join(absent))
-        return False
-    return True
-
-
-def _frame_from_data(data: FrameData, name: str, longest_side: int | None) -> Frame:
-    full_height, full_width = data.image_rgb.shape[-2:]
-    height, width = _resized_size(full_height, full_width, longest_side)
-    camera = pinhole_camera(data.camera, 0, height=full_height, width=full_width).resized(height, width)
+        if record.mask_path is None:
+            raise ValueError(f"the annotation of {record.image_path} gives no mask")
+        rgb = np.asarray(read_photo(record.image_path, exactly(size, "annotated as")))
+        mask = np.asarray(read_mask(record.mask_path, exactly(size, "its picture")))
+        depth, depth_mask = _load_depth(record, load_depths)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"frame {name}: {error}") from error
+    height, width = _resized_size(*size, longest_side)
     return Frame(
         name=name,
-        sequence_name=data.sequence_name,
-        frame_number=int(data.frame_number),
-        rgb=_to_uint8(data.image_rgb, height, width),
-        mask=_to_uint8(data.fg_probability, height, width),
-        camera=camera,
-        depth=None if data.depth_map is None else _nearest(data.depth_map, height, width),
-        depth_mask=None if data.depth_map is None else _nearest(data.depth_mask, height, width),
+        sequence_name=record.sequence_name,
+        frame_number=record.frame_number,
+        rgb=_to_uint8(torch.tensor(rgb).permute(2, 0, 1), height, width),
+        mask=_to_uint8(torch.tensor(mask)[None], height, width),
+        camera=pinhole_camera(subset.dataset[place].camera, 0, height=size[0], width=size[1]).resized(height, width),
+        depth=None if depth is None else _nearest(depth, height, width),
+        depth_mask=None if depth_mask is None else _nearest(depth_mask, height, width),
     )
+
+
+def _load_depth(record: FrameRecord, load_depths: bool | Literal["auto"]) -> tuple[Tensor | None, Tensor | None]:
+    """Depth in world units and its mask, or None twice; what is spoilt costs no more than the depth unless that is required."""
+    if load_depths is False:
+        return None, None
+    if record.depth_path is None or record.depth_mask_path is None:
+        if load_depths is True:
+            raise ValueError(f"the annotation has no {'depth map' if record.depth_path is None else 'depth mask'}")
+        return None, None
+    try:
+        size = (record.height, record.width)
+        return load_depth(record.depth_path, record.depth_mask_path, size, scale=record.depth_scale_adjustment)
+    except (PictureError, FileNotFoundError) as error:
+        if load_depths is True:
+            raise
+        logger.warning("frame %s: %s, so this frame has no depth", record.name, error)
+        return None, None
 
 
 def _resized_size(height: int, width: int, longest_side: int | None) -> tuple[int, int]:
@@ -255,12 +241,11 @@ def _resized_size(height: int, width: int, longest_side: int | None) -> tuple[in
     return max(1, round(height * longest_side / longest)), max(1, round(width * longest_side / longest))
 
 
-def _to_uint8(picture: Tensor | Any, height: int, width: int) -> Tensor:
-    picture = torch.as_tensor(picture)  # 0.7.4 hands out numpy arrays
-    if picture.shape[-2:] != (height, width):
-        picture = area_average(picture, height, width)
-    return (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+def _to_uint8(picture: Tensor, height: int, width: int) -> Tensor:
+    if picture.shape[-2:] == (height, width):
+        return picture
+    return (area_average(picture.float() / 255, height, width).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _nearest(values: Tensor | Any, height: int, width: int) -> Tensor:
-    return torch.nn.functional.interpolate(torch.as_tensor(values)[None], size=(height, width), mode="nearest-exact")[0]
+def _nearest(values: Tensor, height: int, width: int) -> Tensor:
+    return torch.nn.functional.interpolate(values[None], size=(height, width), mode="nearest-exact")[0]

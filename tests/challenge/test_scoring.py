@@ -1,6 +1,8 @@
+import dataclasses
 import gzip
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -209,15 +211,91 @@ def blackened(path):
     Image.new("RGB", SIZE[::-1]).save(path)
 
 
+def resized(path):
+    with Image.open(path) as picture:
+        picture.resize((5, 4)).save(path)
+
+
+def of_1_bit(path):
+    Image.fromarray(np.indices(SIZE)[0] % 2 > 0).save(path)
+
+
+def of_ones(path):
+    Image.fromarray((np.indices(SIZE)[0] % 2).astype(np.uint8)).save(path)
+
+
+def blackened_mask(path):
+    Image.new("L", SIZE[::-1]).save(path)
+
+
+def colored(path):
+    Image.new("RGB", SIZE[::-1], (9, 9, 9)).save(path)
+
+
+def zeroed(path):
+    Image.fromarray(np.zeros(SIZE, np.uint16)).save(path)
+
+
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 4  # in the compressed pixels
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("plane", "damage", "why"),
+    [
+        *[("depth_path", damage, "unreadable or truncated") for damage in (broken, flipped)],
+        ("depth_path", colored, "has PIL mode 'RGB', expected a 16-bit PNG"),
+        ("depth_path", resized, "is 5x4"),
+        ("depth_path", zeroed, "has no value above 0"),
+        ("depth_mask_path", broken, "unreadable or truncated"),
+        ("depth_mask_path", blackened_mask, "has no value above 0 that .* calls valid"),
+    ],
+)
+def test_a_spoilt_depth_file_costs_the_depth_and_not_the_frame(archive, records, caplog, plane, damage, why):
+    """An empty map would score 0, as a perfect depth does."""
+    whole = score_archive(archive, records)["subsets"]["toaster/manyview_dev_0"]
+    record = next(record for target, record in records.items() if target.category == "toaster")
+    damage(getattr(record, plane))
+    scores = score_archive(archive, records)["subsets"]["toaster/manyview_dev_0"]
+    assert scores == {**whole, "depth_abs_fg": None, "reasons": {"depth_abs_fg": "no ground-truth depth"}}
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert getattr(record, plane).name in warning and record.name in warning and re.search(why, warning)
+
+
+def test_depth_outside_the_mask_alone_is_no_depth(archive, records):
+    record = next(record for target, record in records.items() if target.category == "toaster")
+    mask, depth = np.zeros(SIZE, np.uint8), np.zeros(SIZE, np.float16)
+    mask[:, :10], depth[:, 12:] = 255, 2.5
+    Image.fromarray(mask).save(record.mask_path)
+    Image.fromarray(depth.view(np.uint16)).save(record.depth_path)
+    scores = score_archive(archive, records)["subsets"]["toaster/manyview_dev_0"]
+    assert scores["depth_abs_fg"] is None and scores["reasons"] == {"depth_abs_fg": "no ground-truth depth"} and scores["iou"] > 0
+
+
+def test_a_16_bit_photograph_is_scored_as_the_picture_that_it_shows(records):
+    record = next(iter(records.values()))
+    gray = np.random.default_rng(0).integers(0, 256, SIZE).astype(np.uint16)
+    path = record.image_path.with_suffix(".png")
+    Image.fromarray(gray * 257).save(path)
+    truth = load_ground_truth(dataclasses.replace(record, image_path=path))
+    assert torch.equal(truth.rgb, torch.from_numpy(gray.astype(np.float32)).expand(3, -1, -1) / 255)
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize(
     ("plane", "damage", "why"),
     [
         ("image_path", blackened, "black"),
-        ("image_path", broken, "cannot be read"),
-        ("mask_path", broken, "cannot be read"),
-        ("mask_path", Path.unlink, "cannot be read"),
-        ("depth_path", broken, "cannot be read"),
+        ("image_path", broken, "is unreadable or truncated"),
+        ("image_path", resized, r"is 5x4 (width x height), its annotation says 21x16"),
+        ("mask_path", broken, "is unreadable or truncated"),
+        ("mask_path", Path.unlink, "is missing"),
+        ("mask_path", resized, r"is 5x4 (width x height), its picture 21x16"),
+        ("mask_path", of_1_bit, "has PIL mode '1', expected 8-bit gray"),
+        ("mask_path", of_ones, "values are 0..1"),
+        ("mask_path", blackened_mask, "mask is empty"),
     ],
 )
 def test_a_frame_without_usable_ground_truth_is_left_out_and_named(archive, records, caplog, plane, damage, why, workers):
@@ -288,7 +366,7 @@ def test_missing_or_broken_ground_truth_is_an_error_that_names_the_file(records,
 def test_ground_truth_of_different_sizes_is_an_error(records):
     record = next(iter(records.values()))
     Image.new("L", (5, 5)).save(record.mask_path)
-    with pytest.raises(GroundTruthError, match=r"masks.*expected \(16, 21\) .* got \(5, 5\)"):
+    with pytest.raises(GroundTruthError, match=r"masks.*is 5x5 \(width x height\), its picture 21x16"):
         load_ground_truth(record)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from co3d_ensemble.base import pictures
 from co3d_ensemble.data.audit import Problem, audit_subset, hold_out, usable_frames
 from co3d_ensemble.data.co3d import CO3DIndex
 
@@ -252,6 +253,109 @@ def test_a_mask_that_is_not_8_bit_gray_is_fatal_and_its_mode_named(tiny, mode, d
     finding = only(tiny.audit(decode))
     assert_finding(finding, Problem.MASK_VALUES, tiny.relative("masks", 3), True)
     assert repr(mode) in finding.message
+
+
+GRAY = np.random.default_rng(1).integers(1, 256, (HEIGHT, WIDTH), dtype=np.uint8)
+
+
+def as_png(tiny, number, picture, **options):
+    """The frame's photograph becomes a PNG."""
+    relative = tiny.relative("images", number).replace(".jpg", ".png")
+    picture.save(tiny.root / relative, **options)
+    tiny.annotations[number]["image"]["path"] = relative
+    for entries in tiny.lists.values():
+        for entry in entries:
+            if entry[1] == number:
+                entry[2] = relative
+    return relative
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize(
+    ("picture", "told"),
+    [
+        (Image.fromarray(GRAY.astype(np.uint16) * 257), "16-bit gray, which is scaled"),
+        (Image.fromarray(np.dstack([GRAY] * 4)), "alpha is left out"),
+        (Image.fromarray(np.dstack([GRAY] * 2)), "alpha is left out"),
+    ],
+)
+def test_a_photograph_that_is_read_as_less_than_it_holds_is_a_note(tiny, picture, told, decode):
+    relative = as_png(tiny, 3, picture)
+    findings = tiny.audit(decode)
+    assert_finding(only(findings), Problem.PICTURE_MODE, relative, False)
+    assert told in findings[0].message and len(usable_frames(tiny.subset(), findings).known) == 10
+
+
+@pytest.mark.parametrize("mode", ["1", "P", "L"])
+def test_photographs_of_other_8_bit_modes_are_no_finding(tiny, mode):
+    as_png(tiny, 3, Image.fromarray(GRAY).convert(mode))
+    assert tiny.audit() == []
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("picture", [Image.fromarray(GRAY.astype(np.float32)), Image.fromarray(GRAY.astype(np.int32))])
+def test_a_photograph_whose_range_is_unknown_is_fatal(tiny, picture, decode):
+    picture.save(tiny.path("images", 3), "TIFF")  # a wrong suffix is no fault
+    finding = only(tiny.audit(decode))
+    assert_finding(finding, Problem.PICTURE_MODE, tiny.relative("images", 3), True)
+    assert repr(picture.mode) in finding.message
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_a_turned_photograph_is_a_finding_only_where_its_camera_does_not_tell_which_way(tiny, decode):
+    exif = Image.Exif()
+    for orientation, problem in ((6, None), (3, Problem.EXIF_ORIENTATION)):
+        exif[0x0112] = orientation
+        relative = as_png(tiny, 3, Image.fromarray(GRAY), exif=exif)
+        findings = tiny.audit(decode)
+        assert [finding.problem for finding in findings] == ([problem] if problem else [])
+    assert_finding(only(findings), Problem.EXIF_ORIENTATION, relative, True)
+
+
+@pytest.mark.parametrize("kind", ["masks", "depths", "depth_masks"])
+def test_one_flipped_bit_in_a_png_is_found(tiny, kind):
+    rng = np.random.default_rng(0)
+    whole = tiny.path(kind, 3).read_bytes()
+    for bit in rng.choice(8 * len(whole), 12, replace=False):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << (bit % 8)
+        tiny.path(kind, 3).write_bytes(data)
+        finding = tiny.audit()[0]
+        assert_finding(finding, Problem.UNREADABLE, tiny.relative(kind, 3), kind == "masks")
+
+
+def test_a_picture_too_large_to_decode_is_refused_from_its_header(tiny, monkeypatch):
+    monkeypatch.setattr(pictures, "MAX_PIXELS", HEIGHT * WIDTH)
+    Image.new("RGB", (WIDTH + 1, HEIGHT)).save(tiny.path("images", 3))
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    findings = tiny.audit(decode=False)
+    assert_finding(only(findings), Problem.PICTURE_SIZE, tiny.relative("images", 3), True)
+    assert f"33x24 (width x height) pixels, more than {HEIGHT * WIDTH}" in findings[0].message
+
+
+@pytest.mark.parametrize(
+    ("depth", "mask"),
+    [
+        (np.zeros((HEIGHT, WIDTH), np.uint16), None),
+        (None, np.zeros((HEIGHT, WIDTH), np.uint8)),
+        (np.full((HEIGHT, WIDTH), -1, np.float16).view(np.uint16), None),
+    ],
+)
+def test_a_depth_map_without_a_valid_value_is_no_depth(tiny, depth, mask):
+    for kind, pixels in (("depths", depth), ("depth_masks", mask)):
+        if pixels is not None:
+            tiny.save(kind, 12, pixels)
+    findings = tiny.audit()
+    assert_finding(only(findings), Problem.DEPTH_VALUES, tiny.relative("depths", 12), False, "target")
+    usable = usable_frames(tiny.subset(), findings)
+    assert usable.targets[0].depth_path is None and usable.scorable == {("s1", 12), ("s1", 13)}
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("kind", ["depths", "depth_masks"])
+def test_colour_in_place_of_depth_costs_the_depth(tiny, kind, decode):
+    tiny.save(kind, 3, np.full((HEIGHT, WIDTH, 3), 9, np.uint8))
+    assert_finding(only(tiny.audit(decode)), Problem.DEPTH_VALUES, tiny.relative(kind, 3), False)
 
 
 @pytest.mark.parametrize("decode", [False, True])

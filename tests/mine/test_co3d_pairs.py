@@ -148,7 +148,7 @@ def test_broken_frames_are_dropped_with_a_warning_that_names_them(root, tmp_path
         pairs = CO3DPairs(root, [SUBSET], check="decode", max_frame_distance=12, **SIZE)
     assert broken.image_path.name in caplog.text
     assert broken not in {record for source, targets in pairs._pairs for record in (source, *targets)}
-    with pytest.raises(ValueError, match=f"{broken.image_path.name}: unreadable or truncated"):
+    with pytest.raises(ValueError, match=f"{broken.image_path.name}: is unreadable or truncated"):
         CO3DPairs(root, [SUBSET], max_frame_distance=12, **SIZE).view(broken)  # headers only: found when it is read
 
 

@@ -1,4 +1,5 @@
 import math
+import struct
 
 import pytest
 import torch
@@ -94,11 +95,24 @@ def test_a_malformed_line_is_named(tmp_path, name, old, new, message):
 @pytest.mark.parametrize("parameters", [[math.nan, 22.0, 10.0, 5.0], [21.0, 0.0, 10.0, 5.0], [21.0, 22.0, math.inf, 5.0]])
 def test_a_camera_of_a_binary_file_that_is_none_is_named(tmp_path, parameters):
     folder = write_colmap(tmp_path, {1: ("PINHOLE", 20, 10, parameters)}, [], {}, binary=True)
-    with pytest.raises(ValueError, match="cameras.bin: PINHOLE needs"):
+    with pytest.raises(ValueError, match="cameras.bin: camera 1: PINHOLE needs"):
         read_colmap_model(folder)
 
 
-def test_a_fisheye_in_a_binary_file_is_refused(tmp_path):
-    folder = write_colmap(tmp_path, {1: ("OPENCV_FISHEYE", 4, 4, [1.0] * 8)}, [], {}, binary=True)
-    with pytest.raises(ValueError, match="cameras.bin: camera model number 5 is not supported"):
-        read_colmap_model(folder)
+@pytest.mark.parametrize(("number", "name"), [(5, "OPENCV_FISHEYE"), (11, "RAD_TAN_THIN_PRISM_FISHEYE"), (17, "EQUIRECTANGULAR")])
+def test_camera_models_that_are_not_supported_are_named_and_not_numbered(tmp_path, number, name):
+    (tmp_path / "images.bin").write_bytes(bytes(8))
+    (tmp_path / "points3D.bin").write_bytes(bytes(8))
+    (tmp_path / "cameras.bin").write_bytes(struct.pack("<QiiQQ", 1, 7, number, 4, 4) + bytes(64))
+    with pytest.raises(ValueError, match=f"cameras.bin: camera 7: camera model {name} is not supported; supported are SIMPLE_PINHOLE"):
+        read_colmap_model(tmp_path)
+    (tmp_path / "cameras.bin").write_bytes(struct.pack("<QiiQQ", 1, 7, 99, 4, 4))
+    with pytest.raises(ValueError, match="camera model number 99, which is none of COLMAP's known ones"):
+        read_colmap_model(tmp_path)
+
+
+def test_a_text_model_with_byte_order_marks_is_read(tmp_path):
+    folder = write_colmap(tmp_path, {1: ("PINHOLE", 20, 10, [9.0, 9.0, 10.0, 5.0])}, [], {}, binary=False)
+    for path in folder.iterdir():
+        path.write_text("\n".join(line for line in path.read_text().splitlines() if not line.startswith("#")), encoding="utf-8-sig")
+    assert read_colmap_model(folder).cameras[1].K[0, 0] == 9

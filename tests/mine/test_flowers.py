@@ -130,9 +130,9 @@ def test_missing_and_damaged_files_are_named_at_once(tmp_path):
         Flowers(tmp_path, files=["b.png"], **SIZE)
     path = write_eslf(tmp_path / "a.png")
     path.write_bytes(path.read_bytes()[:-60])
-    with pytest.raises(ValueError, match="a.png: unreadable or truncated"):
+    with pytest.raises(ValueError, match="a.png: is unreadable or truncated"):
         Flowers(tmp_path, files=["a.png"], check="decode", **SIZE)
-    with pytest.raises(ValueError, match="a.png: unreadable or truncated"):
+    with pytest.raises(ValueError, match="a.png: is unreadable or truncated"):
         Flowers(tmp_path, files=["a.png"], **SIZE)[0]
     Image.new("RGB", (COLUMNS * 14, ROWS * 14 + 1)).save(path)
     with pytest.raises(ValueError, match="a.png: 756x337 pixels"):
@@ -144,3 +144,23 @@ def test_bad_settings_are_named(tmp_path, settings):
     name, value = next(iter(settings.items()))
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         Flowers(tmp_path, **{**SIZE, **settings})
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/a.png", "b/../../a.png"])
+def test_light_fields_outside_of_the_root_are_refused(tmp_path, name):
+    (tmp_path / "root").mkdir()
+    with pytest.raises(ValueError, match="files: .*(leads out of|no path relative to)"):
+        Flowers(tmp_path / "root", files=[name], **SIZE)
+    for file in ("train.list", "test.list"):
+        (tmp_path / "root" / file).write_text(f"{name}\n")
+    with pytest.raises(ValueError, match="train.list: .*(leads out of|no path relative to)"):
+        Flowers(tmp_path / "root", **SIZE)
+
+
+def test_what_systems_leave_behind_is_no_light_field(tmp_path):
+    write_eslf(tmp_path / "a.png")
+    for name in ("._a.png", "__MACOSX/a.png", ".trash/b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"no picture")
+    sizes = {split: len(Flowers(tmp_path, split=split, random_target=True, **SIZE)) for split in ("train",)}
+    assert sizes == {"train": 1}

@@ -90,10 +90,10 @@ def test_missing_folders_and_files_are_named_at_once(tmp_path):
     picture = data / "0000000002.png"
     whole = picture.read_bytes()
     picture.write_bytes(whole[:-20])
-    with pytest.raises(ValueError, match="0000000002.png: unreadable or truncated"):
+    with pytest.raises(ValueError, match="0000000002.png: is unreadable or truncated"):
         KITTIRaw(tmp_path, sequences=[NAME], check="decode", **SIZE)
     Image.new("RGB", (W, H + 1)).save(picture)
-    with pytest.raises(ValueError, match=f"0000000002.png: picture is {W}x{H + 1} .*S_rect_03 .*says {W}x{H}"):
+    with pytest.raises(ValueError, match=f"0000000002.png: is {W}x{H + 1} .*S_rect_03 .*says {W}x{H}"):
         KITTIRaw(tmp_path, sequences=[NAME], **SIZE)
     picture.unlink()
     with pytest.raises(FileNotFoundError, match="frame 0000000002 is in only one"):
@@ -122,3 +122,28 @@ def test_bad_settings_are_named(tmp_path, settings):
     name, value = next(iter(settings.items()))
     with pytest.raises(ValueError, match=f"{name}={value!r}"):
         KITTIRaw(tmp_path, **{**SIZE, **settings})
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc", ".."])
+def test_sequences_are_plain_names(tmp_path, name):
+    with pytest.raises(ValueError, match="sequences='"):
+        KITTIRaw(tmp_path, sequences=[name], **SIZE)
+
+
+def test_two_pictures_of_one_frame_are_named_and_what_systems_leave_is_none(tmp_path):
+    write_drive(tmp_path)
+    data = tmp_path / f"2011_09_26/{NAME}_sync/image_02/data"
+    for name in ("._0000000000.png", ".DS_Store", "Thumbs.db"):
+        (data / name).write_bytes(b"no picture")
+    assert len(KITTIRaw(tmp_path, sequences=[NAME], sources="left", **SIZE)) == 3
+    Image.new("L", (W, H)).save(data / "0000000001.jpg")
+    with pytest.raises(ValueError, match="0000000001.jpg and .*0000000001.png are both the picture"):
+        KITTIRaw(tmp_path, sequences=[NAME], **SIZE)
+
+
+def test_a_16_bit_photograph_is_not_white(tmp_path):
+    write_drive(tmp_path)
+    path = tmp_path / f"2011_09_26/{NAME}_sync/image_02/data/0000000001.png"
+    Image.fromarray(np.full((H, W), 100 * 257, np.uint16)).save(path)
+    source = KITTIRaw(tmp_path, sequences=[NAME], sources="left", **SIZE)[1].source
+    assert torch.allclose(source, torch.tensor(100 / 255), atol=1e-6)

@@ -131,13 +131,13 @@ def test_missing_and_damaged_files_are_named_at_once(tmp_path):
     picture = root / "fern/images/IMG_02.JPG"
     whole = picture.read_bytes()
     picture.write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="IMG_02.JPG: unreadable or truncated"):
+    with pytest.raises(ValueError, match="IMG_02.JPG: is unreadable or truncated"):
         LLFF(root, check="decode", **SIZE)
     Image.new("RGB", (W, H - 9)).save(picture)
-    with pytest.raises(ValueError, match="IMG_02.JPG: picture is 120x81 .*no reduced copy of the 120x90"):
+    with pytest.raises(ValueError, match="IMG_02.JPG: is 120x81 .*no reduced copy of the 120x90"):
         LLFF(root, **SIZE)
     picture.unlink()
-    with pytest.raises(FileNotFoundError, match="IMG_02.* is missing: .* has 4 images, the folder 3"):
+    with pytest.raises(FileNotFoundError, match="IMG_02.JPG is missing: .* has 4 images, the folder 3"):
         LLFF(root, **SIZE)
     picture.write_bytes(whole)
     points = root / "fern/sparse/0/points3D.bin"
@@ -165,3 +165,101 @@ def test_a_model_without_points_is_named_where_points_are_wanted(tmp_path):
 def test_one_photograph_is_no_pair(tmp_path):
     with pytest.raises(ValueError, match="no scene has two photographs for split='train'"):
         LLFF(write_scene(tmp_path, n=2), **SIZE)
+
+
+def test_masks_beside_the_photographs_are_not_taken_for_them(tmp_path):
+    """images/ has IMG_00.JPG and its mask IMG_00.png; the model names IMG_00.JPG."""
+    root = write_scene(tmp_path, n=4)
+    expected = LLFF(root, random_target=False, **SIZE)[0]
+    for path in list((root / "fern/images").iterdir()):
+        Image.new("L", (W, H), 255).save(path.with_suffix(".png"))
+    pair = LLFF(root, random_target=False, **SIZE)[0]
+    assert torch.equal(pair.source, expected.source) and torch.equal(pair.target, expected.target)
+    (root / "fern/images/IMG_01.JPG").unlink()
+    with pytest.raises(ValueError, match="IMG_01.JPG is missing, and .*IMG_01.png is gray, as masks are"):
+        LLFF(root, **SIZE)
+    Image.new("RGB", (W, H)).save(root / "fern/images/IMG_01.jpeg")
+    with pytest.raises(ValueError, match="IMG_01.JPG is missing, and both .*IMG_01.jpeg and .*IMG_01.png could be the image IMG_01.JPG of"):
+        LLFF(root, **SIZE)
+
+
+def renamed_images(root, names, model="0"):
+    """The text model's images get other names."""
+    path = root / "fern/sparse" / model / "images.txt"
+    text = path.read_text()
+    for i, name in enumerate(names):
+        text = text.replace(f" IMG_{i:02d}.JPG\n", f" {name}\n")
+    path.write_text(text)
+
+
+def test_names_with_folders_are_found_as_they_are(tmp_path):
+    root = write_scene(tmp_path, n=4, binary=False, names=[f"IMG_{i:02d}.JPG" for i in range(4)])
+    images = root / "fern/images"
+    names = ["a/0001.JPG", "a/0002.JPG", "b c/0001.JPG", "b c/0002.JPG"]
+    expected = [path.read_bytes() for path in sorted(images.iterdir())]
+    for old, name in zip(sorted(images.iterdir()), names):
+        (images / name).parent.mkdir(exist_ok=True)
+        old.rename(images / name)
+    renamed_images(root, names)
+    pairs = LLFF(root, n_points=0, **SIZE)
+    assert [path.read_bytes() for path in pairs._paths[0]] == expected
+    assert pairs[0].name.startswith("fern/a/0002->")
+    for path in list(images.rglob("*.JPG")):  # a reduced copy in another format
+        path.rename(path.with_suffix(".jpeg"))
+    assert [path.read_bytes() for path in LLFF(root, n_points=0, **SIZE)._paths[0]] == expected
+
+
+@pytest.mark.parametrize("name", ["../../secret.JPG", "/etc/secret.JPG"])
+def test_image_names_that_leave_the_folder_are_refused_and_links_are_not(tmp_path, name):
+    root = write_scene(tmp_path, n=3, binary=False)
+    (tmp_path / "elsewhere").mkdir()
+    photo = root / "fern/images/IMG_02.JPG"
+    photo.rename(tmp_path / "elsewhere/photo.JPG")
+    photo.symlink_to(tmp_path / "elsewhere/photo.JPG")
+    assert len(LLFF(root, n_points=0, **SIZE)) == 2
+    renamed_images(root, ["IMG_00.JPG", "IMG_01.JPG", name])
+    with pytest.raises(ValueError, match="sparse/0: image name '.*secret.JPG' (leads out of|is no path relative to)"):
+        LLFF(root, n_points=0, **SIZE)
+    with pytest.raises(ValueError, match="leads out of"):
+        LLFF(root, scenes=["../fern"], **SIZE)
+
+
+def test_two_images_on_one_photograph_are_named(tmp_path):
+    root = write_scene(tmp_path, n=3, binary=False)
+    renamed_images(root, ["IMG_00.JPG", "IMG_01.JPG", "IMG_01.png"])
+    (root / "fern/images/IMG_02.JPG").unlink()
+    with pytest.raises(ValueError, match="IMG_01.JPG: .*sparse/0 has two images for it, IMG_01.JPG and IMG_01.png"):
+        LLFF(root, n_points=0, **SIZE)
+
+
+def test_of_several_models_the_one_with_most_images_is_taken_and_it_is_said(tmp_path, caplog):
+    root = write_scene(tmp_path, n=10)
+    sparse = root / "fern/sparse"
+    (sparse / "0").rename(sparse / "1")
+    write_scene(tmp_path / "other", n=3)
+    (tmp_path / "other/fern/sparse/0").rename(sparse / "0")
+    for name in ("IMG_98.JPG", "IMG_99.JPG", "._IMG_00.JPG"):
+        Image.new("RGB", (W, H)).save(root / "fern/images" / name, "JPEG")
+    with caplog.at_level("WARNING"):
+        pairs = LLFF(root, **SIZE)
+    assert pairs._models[0].path == sparse / "1" and len(pairs) == 8
+    assert f"{root}/fern: of 2 COLMAP models the one with most images is taken, sparse/1 with 10; " in caplog.text
+    assert "of 12 photographs in images, 2 are in no model" in caplog.text
+
+
+def test_a_turned_photograph_follows_the_models_size(tmp_path):
+    root = write_scene(tmp_path, n=3)
+    expected = LLFF(root, random_target=False, n_points=0, **SIZE)[0]
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = root / "fern/images/IMG_01.JPG"
+    with Image.open(path) as photo:
+        photo.load()
+    photo.save(path, quality=98, exif=exif)  # the model is of the stored pixels
+    assert (LLFF(root, random_target=False, n_points=0, **SIZE)[0].source - expected.source).abs().max() < 0.1
+    photo.transpose(Image.Transpose.ROTATE_90).save(path, quality=98, exif=exif)  # of the turned ones
+    assert (LLFF(root, random_target=False, n_points=0, **SIZE)[0].source - expected.source).abs().max() < 0.1
+    exif[0x0112] = 3
+    photo.save(path, exif=exif)
+    with pytest.raises(ValueError, match="IMG_01.JPG: is turned by EXIF"):
+        LLFF(root, **SIZE)

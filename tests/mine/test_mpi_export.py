@@ -129,11 +129,21 @@ def test_a_broken_export_is_named(tmp_path):
         read_mpi(tmp_path)
     write_mpi(tmp_path, random_stack(2))
     Image.new("RGBA", (32, 23)).save(tmp_path / "plane_001.png")
-    with pytest.raises(ValueError, match=r"plane_001.png: expected RGBA of 24 x 32 pixels \(H, W\), got RGBA of \(23, 32\)"):
+    with pytest.raises(ValueError, match=r"plane_001.png: is 32x23 \(width x height\), expected 32x24"):
         read_mpi(tmp_path)
     (tmp_path / "plane_001.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="plane_001.png: cannot be read"):
+    with pytest.raises(ValueError, match="plane_001.png: is unreadable or truncated"):
         read_mpi(tmp_path)
     (tmp_path / INDEX).write_text('{"format": "other"}')
     with pytest.raises(ValueError, match=f"{INDEX}: not an exported multiplane image"):
         read_mpi(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../plane_001.png", "/plane_001.png", None])
+def test_a_plane_outside_of_the_export_is_refused(tmp_path, name):
+    index = write_mpi(tmp_path / "a", random_stack(2))
+    content = json.loads(index.read_text())
+    content["planes"][1]["file"] = name
+    index.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{INDEX}: not an exported multiplane image: "):
+        read_mpi(tmp_path / "a")

@@ -3,7 +3,17 @@ import pytest
 import torch
 from PIL import Image
 
-from co3d_ensemble.mine.pictures import Fit, check_rotation, check_settings, fit_size, numbers, picture_size, read_picture
+from co3d_ensemble.mine.pictures import (
+    Fit,
+    check_rotation,
+    check_settings,
+    fit_size,
+    numbers,
+    picture_size,
+    pictures_by_stem,
+    pictures_in,
+    text_lines,
+)
 
 
 def test_a_stretched_picture_keeps_linear_ramps_where_the_intrinsics_put_them():
@@ -41,19 +51,38 @@ def test_nearest_takes_the_pixel_that_holds_the_new_pixels_centre():
 def test_a_damaged_picture_is_named(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(path)
-    assert picture_size(path) == picture_size(path, "decode") == (40, 50) and read_picture(path).size == (50, 40)
+    assert picture_size(path) == picture_size(path, "decode") == (40, 50)
     path.write_bytes(path.read_bytes()[:-300])
     assert picture_size(path) == (40, 50)  # the header is whole
-    for read in (read_picture, lambda path: picture_size(path, "decode")):
-        with pytest.raises(ValueError, match=f"a.{suffix}: unreadable or truncated"):
-            read(path)
+    with pytest.raises(ValueError, match=f"a.{suffix}: is unreadable or truncated"):
+        picture_size(path, "decode")
     path.write_text("not a picture")
-    with pytest.raises(ValueError, match=f"a.{suffix}: not a picture"):
+    with pytest.raises(ValueError, match=f"a.{suffix}: is unreadable or truncated: no picture"):
         picture_size(path)
     path.unlink()
-    for read in (read_picture, picture_size):
-        with pytest.raises(FileNotFoundError, match=f"a.{suffix} is missing"):
-            read(path)
+    with pytest.raises(FileNotFoundError, match=f"a.{suffix} is missing"):
+        picture_size(path)
+
+
+def test_what_systems_leave_behind_is_no_picture_and_two_of_one_name_are_named(tmp_path):
+    for name in ("b.jpg", "a.PNG", "._b.jpg", "Thumbs.db", "note.txt", ".c.png", "__MACOSX/d.jpg", "e/f.jpeg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.name for path in pictures_in(tmp_path)] == ["a.PNG", "b.jpg"]
+    assert [path.name for path in pictures_in(tmp_path, deep=True)] == ["a.PNG", "b.jpg", "f.jpeg"]
+    assert list(pictures_by_stem(tmp_path)) == ["a", "b"]
+    (tmp_path / "b.png").touch()
+    with pytest.raises(ValueError, match="b.jpg and .*b.png are both the picture b"):
+        pictures_by_stem(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_are_read_with_and_without_a_byte_order_mark(tmp_path, encoding):
+    (tmp_path / "a.txt").write_text("é 1\n\n  b\n", encoding=encoding)
+    assert text_lines(tmp_path / "a.txt") == ["é 1", "b"]
+    (tmp_path / "a.txt").write_bytes(b"\xff\xff")
+    with pytest.raises(ValueError, match="a.txt: not a text file"):
+        text_lines(tmp_path / "a.txt")
 
 
 def test_bad_settings_and_numbers_are_named():

@@ -205,12 +205,12 @@ def test_missing_folders_and_damaged_pictures_are_named_at_once(tmp_path, caplog
     assert "1 of 2 clips" in caplog.text and "none" in caplog.text
     broken = tmp_path / "frames/train/0a1b" / f"{timestamp(4)}.jpg"
     broken.write_bytes(broken.read_bytes()[:-15])
-    with pytest.raises(ValueError, match=f"{broken.name}: unreadable or truncated"):
+    with pytest.raises(ValueError, match=f"{broken.name}: is unreadable or truncated"):
         RealEstate10K(tmp_path, check="decode", **SIZE)
-    with pytest.raises(ValueError, match=f"{broken.name}: unreadable or truncated"):
+    with pytest.raises(ValueError, match=f"{broken.name}: is unreadable or truncated"):
         RealEstate10K(tmp_path, frame_distance=1, **SIZE)[4]
     broken.write_bytes(b"")
-    with pytest.raises(ValueError, match=f"{broken.name}: not a picture"):
+    with pytest.raises(ValueError, match=f"{broken.name}: is unreadable or truncated: no picture"):
         RealEstate10K(tmp_path, check="headers", **SIZE)
 
 
@@ -227,7 +227,7 @@ def test_one_picture_per_clip_is_opened_before_the_start_unless_more_is_asked_fo
             assert opened == [(name, str(timestamp(1)), "sample") for name in ("a", "b")]
     monkeypatch.undo()
     (tmp_path / "frames/train/b" / f"{timestamp(1)}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="b/62033367.png: not a picture"):
+    with pytest.raises(ValueError, match="b/62033367.png: is unreadable or truncated: no picture"):
         RealEstate10K(tmp_path, **SIZE)
     with pytest.raises(ValueError, match="check='all': expected one of sample, headers, decode, none"):
         RealEstate10K(tmp_path, check="all", **SIZE)
@@ -248,3 +248,89 @@ def test_frames_are_no_python_objects_of_which_a_data_set_would_have_millions(tm
     clip = RealEstate10K(tmp_path, **SIZE).clips["0a1b"]
     assert all(isinstance(value, (str, Path, np.ndarray)) for value in vars(clip).values())
     assert [path.stem for path in clip.frames] == [str(time) for time in clip.timestamps] and all(path.is_file() for path in clip.frames)
+
+
+@pytest.mark.parametrize("shift", [1, -1, 900, -900, 16_600])
+def test_frames_named_by_a_decoders_clock_are_matched_within_half_a_frame(tmp_path, shift):
+    """It counts time otherwise than the published files do, by 33 to 900 microseconds in reports."""
+    write_clip(tmp_path, missing=(3, 7))
+    folder = tmp_path / "frames/train/0a1b"
+    for path in list(folder.iterdir()):
+        path.rename(folder / f"{int(path.stem) + shift}{path.suffix}")
+    pairs = RealEstate10K(tmp_path, frame_distance=5, random_target=False, **SIZE)
+    clip = pairs.clips["0a1b"]
+    assert clip.numbers.tolist() == [0, 1, 2, 4, 5, 6, 8, 9, 10, 11]
+    assert clip.timestamps == [timestamp(i) for i in clip.numbers]  # the published lists of pairs have these
+    for i in range(len(pairs)):
+        (_, source), _ = pairs.choices(i)
+        assert pairs[i].source.mean().item() == pytest.approx((10 * clip.numbers[source] + 5) / 255, abs=0.01)
+
+
+@pytest.mark.parametrize("name", [lambda i: f"{i:05d}", lambda i: f"{timestamp(i) // 1000}", lambda i: f"frame{i}", lambda i: "²" + str(i)])
+def test_frames_of_other_names_are_an_error_that_shows_one_beside_one_expected(tmp_path, name):
+    write_clip(tmp_path, n=3)
+    folder = tmp_path / "frames/train/0a1b"
+    for i, path in enumerate(sorted(folder.iterdir())):
+        path.rename(folder / f"{name(i)}{path.suffix}")
+    shown = rf"0a1b/{name(0)}.jpg is called otherwise than, for example, {timestamp(0)}.jpg"
+    with pytest.raises(FileNotFoundError, match=rf"no clip has two frames named <clip>/<timestamp>.jpg or .png; .*{shown}"):
+        RealEstate10K(tmp_path, **SIZE)
+
+
+def test_a_clip_whose_frames_have_other_names_is_said_beside_one_that_is_read(tmp_path, caplog):
+    for clip in ("a", "b"):
+        write_clip(tmp_path, clip, n=3)
+    for i, path in enumerate(sorted((tmp_path / "frames/train/b").iterdir())):
+        path.rename(path.with_stem(f"{i:05d}"))
+    with caplog.at_level(logging.WARNING):
+        assert list(RealEstate10K(tmp_path, **SIZE).clips) == ["a"]
+    assert f"such as b; {tmp_path}/frames/train/b/00000.jpg is called otherwise than, for example, {timestamp(0)}.jpg" in caplog.text
+
+
+def test_times_are_matched_as_a_loop_matches_them():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        wanted = np.unique(rng.integers(0, 400, rng.integers(1, 12)))
+        rng.shuffle(wanted)
+        present = np.unique(rng.integers(0, 400, rng.integers(1, 12)))
+        rng.shuffle(present)
+        found = realestate10k._nearest(wanted, present)
+        assert len(set(found[found >= 0])) == (found >= 0).sum()  # no file is two frames
+        for time, index in zip(wanted, found):
+            distances = np.abs(present - time)
+            gap = min((abs(other - time) for other in wanted if other != time), default=0)
+            near = distances.min() == 0 or 2 * distances.min() < gap
+            assert (distances[index] == distances.min()) if near else index == -1
+    assert realestate10k._nearest(np.array([3, 4]), np.array([], dtype=np.int64)).tolist() == [-1, -1]
+
+
+def test_what_macos_leaves_beside_camera_files_and_frames_is_ignored(tmp_path):
+    write_clip(tmp_path, n=3)
+    (tmp_path / "train/._0a1b.txt").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(60))
+    (tmp_path / f"frames/train/0a1b/._{timestamp(0)}.jpg").write_bytes(b"no picture")
+    assert len(RealEstate10K(tmp_path, check="headers", **SIZE).clips["0a1b"]) == 3
+
+
+def test_a_camera_file_with_a_byte_order_mark_is_read(tmp_path):
+    path = write_clip(tmp_path, n=3)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_cameras(path)[0] == [timestamp(i) for i in range(3)]
+
+
+def test_a_timestamp_that_stands_twice_or_is_no_number_is_named(tmp_path):
+    path = write_clip(tmp_path, n=3)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, lines[2]]))
+    with pytest.raises(ValueError, match=f"0a1b.txt, line 5: timestamp {timestamp(1)} is that of line 3 as well"):
+        read_cameras(path)
+    for word in ("²", "1" * 30, "-5", "1.5"):
+        path.write_text("\n".join([lines[0], " ".join([word, *lines[1].split()[1:]])]))
+        with pytest.raises(ValueError, match="0a1b.txt, line 2: timestamp '.*' is not a whole number"):
+            read_cameras(path)
+
+
+def test_two_pictures_of_one_frame_are_named(tmp_path):
+    write_clip(tmp_path, n=3)
+    Image.new("L", (W, H)).save(tmp_path / f"frames/train/0a1b/{timestamp(0)}.png")
+    with pytest.raises(ValueError, match=f"{timestamp(0)}.jpg and .*{timestamp(0)}.png are both the picture"):
+        RealEstate10K(tmp_path, **SIZE)

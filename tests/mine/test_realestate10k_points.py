@@ -1,4 +1,6 @@
-import builtins
+import importlib.util
+import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -54,16 +56,9 @@ def test_a_model_that_is_there_is_kept(tmp_path):
 
 def test_without_pycolmap_the_script_says_what_to_install(tmp_path, monkeypatch, capsys):
     write_clip(tmp_path, n=3)
-    real = builtins.__import__
-
-    def without_pycolmap(name, *args, **kwargs):
-        if name == "pycolmap":
-            raise ModuleNotFoundError("No module named 'pycolmap'", name="pycolmap")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_pycolmap)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert make_realestate10k_points.main([f"root={tmp_path}"]) == 1
-    assert "pip install pycolmap" in capsys.readouterr().err
+    assert "pip install 'co3d_ensemble[points]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -86,6 +81,30 @@ def test_clips_without_frames_are_counted(tmp_path, capsys):
     write_clip(tmp_path, n=3, missing=(0, 1, 2))
     assert make_realestate10k_points.main([f"root={tmp_path}"]) == 0
     assert "1 have fewer than two frames" in capsys.readouterr().out
+
+
+FAKE = """
+class CameraMode:
+    PER_IMAGE = 0
+
+def extract_features(database, pictures, image_names, camera_mode):
+    import os, sys
+    loaded = [name for name in ("PIL", "torch", "numpy", "co3d_ensemble") if name in sys.modules]
+    raise RuntimeError(f"{sorted(os.listdir(pictures))} {image_names} with {loaded}")
+"""
+
+
+def test_pycolmap_is_loaded_in_a_process_that_has_neither_pillow_nor_torch_and_its_errors_name_the_clip(tmp_path, monkeypatch):
+    """4.1 and newer break Pillow where both are loaded."""
+    write_clip(tmp_path, n=3)
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages/pycolmap.py").write_text(textwrap.dedent(FAKE))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    names = r"\['000000.jpg', '000001.png', '000002.jpg'\]"
+    with pytest.raises(ValueError, match=rf"train/0a1b: pycolmap failed to extract \(1\): .*RuntimeError: {names} {names} with \[\]"):
+        triangulate_clip(clip_of(tmp_path), tmp_path / "frames/train/0a1b/sparse")
+    assert "pycolmap" not in sys.modules
 
 
 @pytest.mark.slow

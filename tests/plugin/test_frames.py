@@ -211,17 +211,46 @@ def test_a_missing_depth_mask_costs_the_depth_and_is_reported(root, caplog):
         load(root, [0], load_depths=True)
 
 
-@pytest.mark.parametrize("kind", ["images", "masks", "depths"])
-def test_a_truncated_file_is_an_error_that_names_frame_and_file(root, kind):
+def spoil(root, kind, how):
     path = root / "thing" / "seq" / kind / "frame000001.png"
-    path.write_bytes(path.read_bytes()[:50])
+    height, width = SIZES[1]
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:50])
+    else:
+        shape, kind = ((height, width, 3), np.uint8) if how == "colored" else ((height, width), np.uint16)
+        Image.fromarray(np.zeros(shape, kind)).save(path)
+
+
+@pytest.mark.parametrize("kind", ["depths", "depth_masks"])
+@pytest.mark.parametrize("how", ["truncated", "colored", "zero"])
+def test_a_spoilt_depth_file_costs_the_depth_and_is_reported(root, kind, how, caplog):
+    spoil(root, kind, how)
+    with caplog.at_level(logging.WARNING):
+        (frame,) = load(root, [1])
+    assert frame.depth is None and frame.depth_mask is None and frame.rgb.max() > 0
+    assert f"{kind}/frame000001.png" in caplog.text and "frame seq/1" in caplog.text
+    with pytest.raises(ValueError, match=f"seq/1.*{kind}/frame000001.png"):
+        load(root, [1], load_depths=True)
+
+
+def test_a_16_bit_photograph_is_the_picture_that_it_shows(root):
+    """Implicitron's reader makes it white."""
+    gray = np.random.default_rng(0).integers(0, 256, SIZES[1]).astype(np.uint16)
+    Image.fromarray(gray * 257).save(root / "thing/seq/images/frame000001.png")
+    (frame,) = load(root, [1])
+    assert (frame.rgb.numpy() == gray[None]).all() and frame.rgb.shape == (3, *SIZES[1])
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_a_truncated_file_is_an_error_that_names_frame_and_file(root, kind):
+    spoil(root, kind, "truncated")
     with pytest.raises(ValueError, match=f"seq/1.*{kind}/frame000001.png"):
         load(root, [1])
 
 
 def test_a_picture_of_another_size_than_annotated_is_an_error(root):
     Image.new("RGB", (5, 5)).save(root / "thing/seq/images/frame000001.png")
-    with pytest.raises(ValueError, match="seq/1.*bad image size"):
+    with pytest.raises(ValueError, match="seq/1.*frame000001.png: is 5x5 .*annotated as 12x20"):
         load(root, [1])
 
 
@@ -258,9 +287,9 @@ def test_a_malformed_frame_costs_only_itself(root):
     annotations[2]["mask"] = None
     write_annotations(root, annotations)
     torch.testing.assert_close(load(root, [0])[0].camera.R, ROTATION)
-    with pytest.raises(ValueError, match="seq/1: the camera of thing/seq/images/frame000001.png has no finite R"):
+    with pytest.raises(ValueError, match="seq/1: the camera of .*thing/seq/images/frame000001.png has no finite R"):
         load(root, [1])
-    with pytest.raises(ValueError, match="seq/2: the annotation of thing/seq/images/frame000002.png gives no mask"):
+    with pytest.raises(ValueError, match="seq/2: the annotation of .*thing/seq/images/frame000002.png gives no mask"):
         load(root, [2])
 
 
