@@ -95,6 +95,11 @@ def depth_abs_fg(depth: Tensor, gt_depth: Tensor, gt_mask: Tensor, gt_depth_mask
     Returns:
         Scalar >= 0 in the unit of ``gt_depth``.
     """
+    return _depth_error(depth, gt_depth, gt_mask, gt_depth_mask)[0]
+
+
+def _depth_error(depth: Tensor, gt_depth: Tensor, gt_mask: Tensor, gt_depth_mask: Tensor | None) -> tuple[Tensor, int]:
+    """``depth_abs_fg`` and the number of pixels that it counts."""
     _check_prediction("depth", depth, gt_depth, channels=1)
     _check_ground_truth("gt_mask", gt_mask, depth)
     if gt_depth_mask is not None:
@@ -104,7 +109,7 @@ def depth_abs_fg(depth: Tensor, gt_depth: Tensor, gt_mask: Tensor, gt_depth_mask
     if gt_depth_mask is not None:
         truth = truth * gt_depth_mask[_INNER].masked_select(counted)
     error = (truth - optimal_l1_scale(predicted, truth) * predicted).abs().sum()
-    return error / max(truth.numel(), MIN_DEPTH_PIXELS)
+    return error / max(truth.numel(), MIN_DEPTH_PIXELS), truth.numel()
 
 
 _INNER = (slice(None), slice(DEPTH_CROP, -DEPTH_CROP), slice(DEPTH_CROP, -DEPTH_CROP))
@@ -210,8 +215,9 @@ def challenge_metrics(
     _check_prediction("rgb", rgb, gt_rgb, channels=3)
     _check_ground_truth("gt_mask", gt_mask, rgb)
     depth_error = None
-    if gt_depth is not None and bool(_counted_depth(gt_depth, gt_mask, gt_depth_mask).any()):
-        depth_error = depth_abs_fg(depth, gt_depth, gt_mask, gt_depth_mask).item()
+    if gt_depth is not None:
+        error, n_counted = _depth_error(depth, gt_depth, gt_mask, gt_depth_mask)
+        depth_error = error.item() if n_counted else None
     return {
         **{name: value.item() for name, value in _psnrs(rgb, gt_rgb, gt_mask).items()},
         "depth_abs_fg": depth_error,

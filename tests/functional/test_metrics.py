@@ -262,3 +262,11 @@ def test_no_input_is_changed_whatever_its_type():
         before = {name: value.clone() for name, value in frame.items()}
         challenge_metrics(**frame)
         assert all(torch.equal(frame[name].nan_to_num(), before[name].nan_to_num()) for name in frame)
+
+
+@pytest.mark.parametrize("name", ["gt_depth", "gt_depth_mask", "gt_mask"])
+def test_ground_truth_depth_of_which_nothing_is_counted_is_none_and_not_perfect(name):
+    frame = random_frame(9)
+    frame[name] = torch.zeros_like(frame[name])
+    assert challenge_metrics(**frame)["depth_abs_fg"] is None
+    assert depth_abs_fg(frame["depth"], frame["gt_depth"], frame["gt_mask"], frame["gt_depth_mask"]) == 0  # the challenge's own value
