@@ -35,7 +35,7 @@ SHARES = {"nerf": 0.4, "tensorf": 0.6}  # of the time for training
 @dataclass
 class DemoConfig:
     output: str = setting("demo_output", "folder of everything that is written", literal=True)
-    minutes: float = 2.5  # of training, for both members together
+    minutes: float = 2.8  # of training, for both members together
     steps: int | None = None  # of every member, whatever that takes, in place of the minutes
     device: str = "auto"
 

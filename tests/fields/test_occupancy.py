@@ -184,3 +184,31 @@ def test_results_do_not_depend_on_the_scale_of_the_scene():
         refined.append(occupancy.occupied)
     assert 0 < refined[0].sum() < refined[0].numel()
     assert torch.equal(refined[0], refined[1]) and torch.equal(refined[2], refined[1])
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_refinements_of_parts_look_at_every_hull_voxel_once_in_their_turn(n):
+    hull = random_hull()
+    occupancy, seen = grid(hull), torch.zeros(SHAPE, dtype=torch.int32)
+
+    def density(points):
+        index = ((points - BOX[0]) / 0.5).floor().long()
+        seen[tuple(index.unbind(-1))] += 1
+        return torch.zeros(len(points))
+
+    for i in range(n - 1):
+        occupancy.refine(density, part=(i, n))
+    assert occupancy.occupied.any()  # beside what was not looked at yet nothing is declared empty
+    occupancy.refine(density, part=(n - 1, n))
+    assert torch.equal(seen, hull.int())
+
+
+def test_a_part_forgets_as_fast_as_refinements_of_all():
+    whole, parts = grid(decay=0.8), grid(decay=0.8)
+    for occupancy in (whole, parts):
+        occupancy.density.fill_(5.0)
+    empty = lambda points: torch.zeros(len(points))
+    for i in range(6):
+        whole.refine(empty)
+        parts.refine(empty, part=(i, 3))
+    torch.testing.assert_close(parts.density, whole.density)

@@ -45,3 +45,16 @@ def test_nothing_changes_before_the_first_update_or_without_a_schedule():
     assert grid_changes(0, 2, resolution=8, schedule=PUBLISHED) == []
     nothing = GridScheduleConfig(upsample_at=(), shrink_at=())
     assert all(grid_changes(step, 10, resolution=8, schedule=nothing) == [] for step in range(10))
+
+
+@pytest.mark.parametrize(
+    "plans", [[(0, 100)], [(0, 100), (10, 300)], [(0, 300), (30, 80)], [(0, 50), (20, 400), (90, 100)], [(0, 60), (60, 200)]]
+)
+def test_a_run_whose_length_changes_makes_every_change_once_and_in_order(plans):
+    made = []
+    for step in range(plans[-1][1]):
+        known = [plan for plan in plans if plan[0] <= step]  # later ones are not known yet
+        made += grid_changes(step, known[-1][1], resolution=128, schedule=PUBLISHED, plans=known)
+    assert [change for change in made if isinstance(change, Shrink)] == [Shrink(0), Shrink(1)]
+    grown = [change.n_voxels for change in made if isinstance(change, Upsample)]
+    assert grown == sorted(set(grown)) and grown[-1] == 1024**3

@@ -151,6 +151,24 @@ def test_the_announced_refinements_are_those_of_a_run_and_one_is_made_to_time_it
     assert task(occupancy=False).structure_seconds() == (0, 0.0)
 
 
+@pytest.mark.parametrize("max_steps", [2, 21, 150, 5000])
+@pytest.mark.parametrize("n_rays", [2, 64])
+def test_all_refinements_together_look_at_a_share_of_the_samples_that_the_steps_place(max_steps, n_rays):
+    hull = torch.rand(8, 8, 8, generator=torch.Generator().manual_seed(0)) < 0.4
+    t = task(hull=hull, refine_from=0.05, refine_every=0.01, refine_share=0.1, max_steps=max_steps, n_rays=n_rays)
+    looked_at, parts = [], []
+    refine = t.model.occupancy.refine
+    t.model.occupancy.refine = lambda density, part: (parts.append(part), refine(density, part=part))
+    t.model.density = lambda points: (looked_at.append(len(points)), torch.ones(len(points)))[1]
+    for step in range(max_steps):
+        t.structure(step)
+    assert sum(looked_at) <= 0.1 * hull.float().mean() * max_steps * n_rays * (12 + 12 + 6) + max(looked_at, default=0)
+    assert all(n <= 8 for _, n in parts)
+    assert len(parts) == t.structure_seconds()[0]
+    if max_steps == 5000:  # long enough for every voxel
+        assert {i for i, _ in parts} == set(range(parts[0][1]))
+
+
 def test_refinement_looks_at_the_models_density():
     t = task(refine_from=0.0, refine_every=0.05)
     assert t.model.occupancy.occupied.all()

@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from co3d_ensemble.config import TrainingConfig
 from co3d_ensemble.functional.metrics import depth_abs_fg, iou, psnr_fg, psnr_full_image, psnr_masked, ssim
 from co3d_ensemble.functional.types import Frame, PinholeCamera, RenderedView
-from co3d_ensemble.training.validation import MAX_PICTURES, FrameValidation, mean_scores, score_frame, view_strip
+from co3d_ensemble.training.validation import MAX_PICTURES, MIN_STRIDED_SIDE, FrameValidation, mean_scores, score_frame, view_strip
 
 HEIGHT, WIDTH = 14, 20
 
@@ -108,3 +109,45 @@ def test_a_strip_of_constant_depth_is_finite(value):
 def test_no_frame_to_validate_on_is_refused():
     with pytest.raises(ValueError, match="no validation frame"):
         FrameValidation([])
+
+
+@pytest.mark.parametrize("max_pixels", [1, 300, 700, 1500, 4000, 1e9])
+def test_a_validation_has_at_most_so_many_pixels_or_one_small_frame(max_pixels):
+    frames = [sized(i, 60, 50) for i in range(5)]
+    validation = FrameValidation(frames, max_pixels=max_pixels)
+    pixels = [frame.rgb[0].numel() for frame in validation.frames]
+    assert sum(pixels) <= max_pixels or len(pixels) == 1
+    assert min(min(frame.rgb.shape[1:]) for frame in validation.frames) >= MIN_STRIDED_SIDE
+    assert {frame.name for frame in validation.frames} <= {frame.name for frame in frames}
+    if max_pixels >= 5 * 3000:
+        assert pixels == [3000] * 5
+    if max_pixels >= 5 * 750:
+        assert len(pixels) == 5  # all frames at fewer pixels before fewer frames
+
+
+def test_a_strided_validation_scores_its_pixels_and_leaves_out_ssim():
+    frames = [sized(i, 60, 50) for i in range(2)]
+    validation = FrameValidation(frames, max_pixels=2 * 750)
+    found = validation.run(render)
+    assert validation.stride == 2 and "ssim" not in found
+    expected = [score_frame(render(frame.strided(2).camera), frame.strided(2), with_ssim=False)["psnr_masked"] for frame in frames]
+    assert found["psnr_masked"] == pytest.approx(sum(expected) / 2)
+    assert "ssim" in FrameValidation(frames, max_pixels=6000).run(render)
+
+
+def test_a_runs_validation_follows_the_rays_between_two():
+    frames = [sized(i, 60, 50) for i in range(2)]
+    training = TrainingConfig(max_steps=100, validate_every=0.2, validation_share=0.25)  # 20 steps between two
+    assert FrameValidation.of_run(frames, training, 1200).stride == 1  # 6,000 pixels
+    assert FrameValidation.of_run(frames, training, 1199).stride == 2
+    training.validation_share = None
+    assert FrameValidation.of_run(frames, training, 1).stride == 1
+
+
+def sized(number, height, width):
+    """A frame large enough to be strided."""
+    focal, principal = torch.tensor([40.0, 40.0]), torch.tensor([25.0, 30.0])
+    camera = PinholeCamera(torch.eye(3), torch.tensor([0.0, 0.0, 4.0]), focal, principal, height, width)
+    rgb = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(number)).to(torch.uint8)
+    mask = torch.full((1, height, width), 255, dtype=torch.uint8)
+    return Frame(name=f"thing/{number}", sequence_name="thing", frame_number=number, rgb=rgb, mask=mask, camera=camera)
