@@ -8,6 +8,7 @@ import resource
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ GENERATED_CATEGORY = "mug"
 SUBSET = "manyview_dev_0"
 NERF_ARGS = "implicit_function_NeuralRadianceFieldImplicitFunction_args"
 _MEBIBYTE = 2**20
+_STARTED = time.monotonic()
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,7 @@ def find_sequence(root: Path | None, category: str, scratch: Path) -> tuple[Path
     print(f"note: no real sequence found; measuring on a generated one, category {GENERATED_CATEGORY}")
     generated = scratch / "generated"
     if not (generated / "category_to_subset_name_list.json").is_file():
+        say("generating it")
         settings = SyntheticConfig(n_known=94, n_val=8, n_unseen=13, height=200, width=200)
         generate_dataset(generated, {GENERATED_CATEGORY: [SUBSET]}, settings)
     return generated, GENERATED_CATEGORY
@@ -128,11 +131,18 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def say(text: str) -> None:
+    """What is being done, at once and beside the results: on stderr, with the seconds since this was first imported."""
+    print(f"{time.monotonic() - _STARTED:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+
 def prepare(device: str, threads: int | None) -> torch.device:
-    """Resolves the device and sets the number of CPU threads."""
+    """Resolves the device, sets the number of CPU threads and says where it runs."""
     if threads is not None:
         torch.set_num_threads(threads)
-    return resolve_device(device)
+    found = resolve_device(device)
+    say(f"{Path(sys.argv[0]).name} on {machine_in_words(found)}")
+    return found
 
 
 class PeakMemory:

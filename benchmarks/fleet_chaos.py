@@ -223,9 +223,11 @@ def main(argv: Sequence[str]) -> int:
         shutil.rmtree(folder, ignore_errors=True)
     shape = {"nodes": options.nodes, "workers": options.workers}
     began = time.monotonic()
+    print("training undisturbed, for comparison", flush=True)
     undisturbed = Agents([*script, override("output_dir", reference)], log=options.output / "undisturbed.log", **shape)
     torment(undisturbed, kills=0, pause=1.0, generator=generator, seconds=seconds)
     alone = time.monotonic() - began
+    print(f"undisturbed in {alone:.0f} s; now with {options.kills} kills", flush=True)
     agents = Agents([*script, override("output_dir", tormented)], log=options.output / "tormented.log", **shape)
     done = torment(agents, kills=options.kills, pause=options.pause, generator=generator, seconds=seconds)
     wrong, whole = outcome(tormented, reference), time.monotonic() - began

@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from benchmarks.common import DEFAULT_ROOT, SUBSET, circumstances, prepare
+from benchmarks.common import DEFAULT_ROOT, SUBSET, circumstances, prepare, say
 from benchmarks.report import mine_learning_table
 from co3d_ensemble.base.quoting import override
 from co3d_ensemble.fields.mpi_network import MPINetwork
@@ -325,6 +325,7 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     for row in rows:
         config = row_config(row, arguments)
         if row.name in wanted:
+            say(f"row {row.name}")
             status = train_mine(config).exit_status
             if status:
                 return status

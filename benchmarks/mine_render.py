@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.common import PeakMemory, circumstances, medians, prepare, synchronize
+from benchmarks.common import PeakMemory, circumstances, medians, prepare, say, synchronize
 from benchmarks.step_timing import alternate
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.cameras import so3_exp
@@ -196,6 +196,7 @@ def memory_in_process(name: str, n_planes: int, arguments: argparse.Namespace) -
 
 
 def row(n_planes: int, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    say(f"{n_planes} planes: the same result, then the time, then the memory of both sides")
     with torch.inference_mode():
         case = make_case(n_planes, arguments.height, arguments.width, device)
         differences = check(case, make_case(n_planes, arguments.height, arguments.width, device, torch.float64))

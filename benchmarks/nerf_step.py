@@ -38,6 +38,7 @@ from benchmarks.common import (
     make_stepper,
     medians,
     prepare,
+    say,
     synchronize,
 )
 from benchmarks.step_timing import (
@@ -209,6 +210,7 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str], scratch: Path)
         print(json.dumps({"peak_memory_mb": measure_memory(configs[arguments.memory_of], device)}))
         return 0
     ours = next(iter(configs.values()))
+    say(f"loading {category}, carving its hull")
     scene = load_scene(ours)
     steppers = {name: make_stepper(config, scene, device) for name, config in configs.items()}
     samples = measure(steppers, arguments, device, warm_up=WARM_UP)
@@ -230,7 +232,7 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str], scratch: Path)
         result["scaling"] = scaling(configs, scene, arguments, device)
     if not arguments.no_memory:
         place = ["--dataset-root", str(root), "--category", category]
-        result["peak_memory_mb"] = memory_in_processes(__file__, [*argv, *place], list(configs))
+        result["peak_memory_mb"] = memory_in_processes(__file__, [*argv, *place], list(configs), scratch)
     print_table(result)
     if arguments.json:
         write_json_atomic(arguments.json, result)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.common import synchronize
+from benchmarks.common import say, synchronize
 from co3d_ensemble.scripts import reported
 from co3d_ensemble.training.stepper import Stepper
 
@@ -44,6 +44,7 @@ def step_parser(description: str | None, *, rays: int, repeats: int, network: st
     parser.add_argument("--machine", help="the machine in words, for the result file")
     parser.add_argument("--json", type=Path, help="result file")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # a child process that measures one side
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)  # a folder for generated scenes, of the parent of such a child
     return parser
 
 
@@ -72,6 +73,7 @@ def alternate(
     samples: dict[str, list[float]] = {name: [] for name in run}
     for i in range(warm_up + repeats):
         for name, step in run.items():
+            say(f"round {i + 1} of {warm_up + repeats}, {name}, {steps_per_sample} steps")
             wait()
             start = time.perf_counter()
             for _ in range(steps_per_sample):
@@ -108,11 +110,17 @@ def _counted(stepper: Stepper) -> Callable[[], None]:
     return lambda: stepper.run(next(position))
 
 
-def memory_in_processes(script: str, argv: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """Peak memory in MiB of every side, each in a fresh process: ``script`` with ``--memory-of NAME`` behind ``argv``."""
+def memory_in_processes(script: str, argv: Sequence[str], names: Sequence[str], scratch: Path) -> dict[str, float]:
+    """Peak memory in MiB of every side, each in a fresh process: ``script`` with ``--memory-of NAME`` behind ``argv``.
+
+    Args:
+        scratch: folder of this process, whose generated scenes the others use.
+    """
     found = {}
     for name in names:
-        answer = subprocess.run([sys.executable, script, *argv, "--memory-of", name], capture_output=True, text=True, check=False)
+        say(f"peak memory of {name}, in a process of its own")
+        command = [sys.executable, script, *argv, "--scratch", str(scratch), "--memory-of", name]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
         if answer.returncode != 0:
             raise RuntimeError(f"measuring the memory of {name} failed: {answer.stderr.strip()[-500:]}")
         found[name] = json.loads(answer.stdout.splitlines()[-1])["peak_memory_mb"]
@@ -122,6 +130,8 @@ def memory_in_processes(script: str, argv: Sequence[str], names: Sequence[str]) 
 def run_in_scratch(
     benchmark: Callable[[argparse.Namespace, Sequence[str], Path], int], arguments: argparse.Namespace, argv: Sequence[str]
 ) -> int:
-    """Exit status of ``benchmark(arguments, argv, folder)``, whose folder is gone afterwards."""
+    """Exit status of ``benchmark(arguments, argv, folder)``, whose folder is gone afterwards unless ``--scratch`` names one."""
+    if arguments.scratch is not None:
+        return reported(lambda: benchmark(arguments, argv, arguments.scratch))
     with tempfile.TemporaryDirectory() as scratch:
         return reported(lambda: benchmark(arguments, argv, Path(scratch)))

@@ -26,7 +26,7 @@ import torch
 from omegaconf import DictConfig
 
 from benchmarks.cells import Cell, CellRun, run_cell
-from benchmarks.common import MLPS, SUBSET, circumstances, crossing, experiment, find_sequence, implicitron_samples, prepare
+from benchmarks.common import MLPS, SUBSET, circumstances, crossing, experiment, find_sequence, implicitron_samples, prepare, say
 from co3d_ensemble.assembly import Scene, load_scene
 from co3d_ensemble.fields.occupancy import OccupancyGrid
 from co3d_ensemble.files import write_json_atomic
@@ -235,11 +235,13 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     runs = [
         CellRun(arguments.output / cell.name, cell, config, stride=arguments.stride) for cell, config in zip(cells, configs, strict=True)
     ]
+    say(f"loading {category}, carving its hull; then {', '.join(chosen)}")
     scene = load_scene(configs[0])  # the experiments share data, bounds and the grid's resolution
     targets = load_targets(configs[0], scene)
     results = {}
     for run in runs:
         if run.cell.name in chosen:
+            say(f"cell {run.cell.name}")
             results[run.cell.name] = run_cell(run, scene, targets, device, stride=arguments.stride, full_final=arguments.full_final)
         elif run.result is not None:
             results[run.cell.name] = run.result

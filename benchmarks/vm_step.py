@@ -37,6 +37,7 @@ from benchmarks.common import (
     make_stepper,
     medians,
     prepare,
+    say,
     synchronize,
 )
 from benchmarks.implicitron_vm import implicitron_stepper
@@ -158,6 +159,7 @@ def fit_occupancy(task: RayBankTask, share: float) -> None:
 def generated_scene(arguments: argparse.Namespace, scratch: Path, device: torch.device) -> tuple[DictConfig, Scene]:
     root = scratch / "vm_scene"
     if not root.is_dir():
+        say("generating a scene")
         generate_dataset(root, {GENERATED_CATEGORY: [SUBSET]}, SyntheticConfig())
     config = configuration(arguments, root, GENERATED_CATEGORY, device)
     return config, load_scene(config)
@@ -179,6 +181,7 @@ def our_stepper(config: DictConfig, scene: Scene, device: torch.device, precisio
 
 
 def make_case(name: str, arguments: argparse.Namespace, scratch: Path, device: torch.device) -> Case:
+    say(f"case {name}: loading the scene, carving its hull, building the sides")
     config, scene = (generated_scene if name == GENERATED else real_scene)(arguments, scratch, device)
     share = arguments.occupied_share if name == GENERATED else None
     steppers = {OURS + precision: our_stepper(config, scene, device, precision, share=share) for precision in precisions(arguments)}
@@ -244,6 +247,7 @@ def scaling(arguments: argparse.Namespace, scratch: Path, device: torch.device) 
             reason = f"needs about {needed / 2**30:.0f} GiB, {available_bytes(device) / 2**30:.0f} GiB are free"
             rows.append({"resolution": resolution, "skipped": reason})
             continue
+        say(f"scaling: {resolution} vertices per axis")
         stepper = our_stepper(chosen, scene, device, precisions(arguments)[0], share=None)
         seconds = medians(measure({"ours": stepper}, arguments, device, warm_up=WARM_UP))["ours"]
         split = parts(stepper, (arguments.repeats + WARM_UP) * steps_per_sample(arguments, device), device)
@@ -324,7 +328,7 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str], scratch: Path)
     if arguments.scaling or arguments.only_scaling:
         result["scaling"] = scaling(arguments, scratch, device)
     if sides and not arguments.no_memory:
-        result["peak_memory_mb"] = memory_in_processes(__file__, argv, sides)
+        result["peak_memory_mb"] = memory_in_processes(__file__, argv, sides, scratch)
     print_table(result)
     if arguments.json:
         write_json_atomic(arguments.json, result)
