@@ -10,7 +10,7 @@ from torch import Tensor
 
 from co3d_ensemble.base.pictures import PictureError, exactly, read_mask, read_photo
 from co3d_ensemble.data.audit import audit_subset, usable_frames
-from co3d_ensemble.data.co3d import CO3DIndex, FrameRecord
+from co3d_ensemble.data.co3d import SUBSET_LIST_FILE, CO3DIndex, FrameRecord
 from co3d_ensemble.functional.cameras import opencv_from_pinhole
 from co3d_ensemble.mine.co3d_points import SEQUENCE_ANNOTATIONS_FILE, SequenceClouds, has_depth, known_depths, read_depth
 from co3d_ensemble.mine.pictures import check_settings, fit_size
@@ -116,7 +116,10 @@ class CO3DPairs(ViewPairs):
 
     def _chosen(self, subsets: Sequence[str] | None) -> list[tuple[str, str]]:
         if subsets is None:
-            return [(category, name) for category in self._index.categories() for name in self._index.subsets(category)]
+            found = [(category, name) for category in self._index.categories() for name in self._index.subsets(category)]
+            if not found:
+                raise ValueError(f"{self.root / SUBSET_LIST_FILE} lists no subset")
+            return found
         if isinstance(subsets, str) or any(entry.count("/") != 1 for entry in subsets):
             raise ValueError(f"subsets={subsets!r}: expected a list such as ['cape/manyview_dev_0']")
         return [tuple(entry.split("/")) for entry in subsets]  # type: ignore[misc]

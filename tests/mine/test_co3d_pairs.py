@@ -135,6 +135,14 @@ def test_frames_without_points_are_left_out_where_others_have_them(root, tmp_pat
     assert len(CO3DPairs(root, [SUBSET], n_points=0, max_frame_distance=12, **SIZE)) == len(whole)
 
 
+def test_a_root_without_subsets_or_with_lonely_frames_is_named(root, tmp_path):
+    with pytest.raises(ValueError, match=f"{SUBSET}: no two val frames within max_frame_distance=1"):
+        CO3DPairs(root, [SUBSET], split="val", max_frame_distance=1, **SIZE)
+    (tmp_path / "category_to_subset_name_list.json").write_text('{"mug": []}')
+    with pytest.raises(ValueError, match="category_to_subset_name_list.json lists no subset"):
+        CO3DPairs(tmp_path, **SIZE)
+
+
 def test_asking_for_points_that_are_not_there_is_an_error_at_once(root):
     with pytest.raises(ValueError, match="points='cloud': .*sequence_annotations.jgz gives sequence .* no point cloud"):
         CO3DPairs(root, [SUBSET], points="cloud", max_frame_distance=12, **SIZE)
