@@ -21,7 +21,7 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from co3d_ensemble.base.quoting import override
-from co3d_ensemble.challenge.archive import ArchiveError, MissingTargets, check_archive
+from co3d_ensemble.challenge.archive import ArchiveError, MissingTargets, check_archive, check_structure
 from co3d_ensemble.challenge.scoring import GroundTruthError, format_table, score_archive
 from co3d_ensemble.challenge.targets import SEQUENCE_SETS, TASKS, targets_with_records
 from co3d_ensemble.data.co3d import CO3DIndex
@@ -39,14 +39,13 @@ class Arguments:
     allow_missing: bool = False  # score what is there, and list the rest
     check_only: bool = False  # check every frame of the archive without scoring it
     apply_scale_adjustment: bool = False  # depth in world units; the challenge takes the depth maps as they are
-    workers: int = 1  # threads
+    workers: int | None = None  # threads; null: one per core, at most 8
     output: str | None = setting(None, "JSON file for the scores", literal=True)
     task: str | None = None  # manyview | fewview; null: from the archive's name
     sequence_set: str | None = None  # dev | test; null: from the archive's name
 
-
     def __post_init__(self) -> None:
-        if self.workers < 1:
+        if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers={self.workers}: must be positive")
         named = re.fullmatch(rf"submission_({'|'.join(TASKS)})_({'|'.join(SEQUENCE_SETS)})\.hdf5", Path(self.archive).name)
         self.task = self.task or (named and named[1])
@@ -62,7 +61,8 @@ def evaluate(arguments: Arguments) -> None:
         records = targets_with_records(CO3DIndex(arguments.dataset_root), task=arguments.task, sequence_set=arguments.sequence_set)
     except ValueError as error:
         raise GroundTruthError(str(error)) from error
-    missing = check_archive(archive, records, allow_missing=arguments.allow_missing)
+    check = check_archive if arguments.check_only else check_structure  # scoring decodes every picture anyway
+    missing = check(archive, records, allow_missing=arguments.allow_missing)
     for target in missing:
         print(f"missing: {target.path('*')}")
     print(f"{archive}: {len(records) - len(missing)} of {len(records)} frames, {archive.stat().st_size:,} bytes")

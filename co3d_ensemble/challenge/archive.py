@@ -9,6 +9,7 @@ asked for is an error.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path, PurePosixPath
 
 import h5py
@@ -16,8 +17,8 @@ import numpy as np
 
 from co3d_ensemble.base.messages import shown
 from co3d_ensemble.base.progress import tracked
-from co3d_ensemble.challenge.archive_file import DATA, PATHS, ArchiveError
-from co3d_ensemble.challenge.archive_process import isolated_archive
+from co3d_ensemble.challenge.archive_file import DATA, PATHS, ArchiveError, ArchiveFile
+from co3d_ensemble.challenge.archive_process import IsolatedArchive, isolated_archive
 from co3d_ensemble.challenge.frame_io import KINDS, decode_view, encode_view, max_png_bytes
 from co3d_ensemble.challenge.targets import Target
 from co3d_ensemble.files import replaced_atomically
@@ -78,15 +79,9 @@ def archive_pictures(
             absolute, unknown, doubled or leaves its folder; anything that the HDF5 library fails, hangs or grows at.
     """
     path, targets = Path(path), list(dict.fromkeys(targets))
-    if not path.is_file():
-        raise ArchiveError(f"{path}: no such file")
-    largest = max((max_png_bytes(target.size) for target in targets), default=0)
-    with open_archive(path, max_entries=len(targets) * len(KINDS), max_entry_bytes=largest) as archive:
-        position = _checked_positions(path, archive.entries, archive.index, targets)
-        missing = set(_missing(path, position, targets))
-        if missing and not allow_missing:
-            raise MissingTargets(path, [target for target in targets if target in missing])
-        present = [target for target in targets if target not in missing]
+    with _opened(path, targets, allow_missing=allow_missing) as (archive, position, missing):
+        absent = set(missing)
+        present = [target for target in targets if target not in absent]
         contents = archive.stream([position[target.path(kind)] for target in present for kind in KINDS])
         for target in tracked(present, f"reading {path.name}", "frames"):
             yield target, {kind: next(contents) for kind in KINDS}
@@ -109,8 +104,9 @@ def read_archive(path: Path | str, targets: Iterable[Target], *, allow_missing: 
 
     Args, Raises: as :func:`archive_pictures` and :func:`decode_pictures`.
     """
-    for target, files in archive_pictures(path, targets, allow_missing=allow_missing):
-        yield target, decode_pictures(path, target, files)
+    with closing(archive_pictures(path, targets, allow_missing=allow_missing)) as pictures:
+        for target, files in pictures:
+            yield target, decode_pictures(path, target, files)
 
 
 def check_archive(path: Path | str, targets: Iterable[Target], *, allow_missing: bool = False, max_bytes: int = MAX_BYTES) -> list[Target]:
@@ -120,10 +116,40 @@ def check_archive(path: Path | str, targets: Iterable[Target], *, allow_missing:
         ArchiveError: as ``read_archive``, or a file larger than ``max_bytes``.
     """
     path, targets = Path(path), list(dict.fromkeys(targets))
-    if path.is_file() and path.stat().st_size > max_bytes:
-        raise ArchiveError(f"{path}: the archive has {path.stat().st_size:,} bytes, more than the {max_bytes:,} allowed")
+    _check_size(path, max_bytes)
     present = {target for target, _ in read_archive(path, targets, allow_missing=allow_missing)}
     return [target for target in targets if target not in present]
+
+
+def check_structure(
+    path: Path | str, targets: Iterable[Target], *, allow_missing: bool = False, max_bytes: int = MAX_BYTES
+) -> list[Target]:
+    """As :func:`check_archive` without a look at the pictures, for an archive that is scored next, which decodes them."""
+    path, targets = Path(path), list(dict.fromkeys(targets))
+    _check_size(path, max_bytes)
+    with _opened(path, targets, allow_missing=allow_missing) as (_, _, missing):
+        return missing
+
+
+def _check_size(path: Path, max_bytes: int) -> None:
+    if path.is_file() and path.stat().st_size > max_bytes:
+        raise ArchiveError(f"{path}: the archive has {path.stat().st_size:,} bytes, more than the {max_bytes:,} allowed")
+
+
+@contextmanager
+def _opened(
+    path: Path, targets: Sequence[Target], *, allow_missing: bool
+) -> Iterator[tuple[IsolatedArchive | ArchiveFile, dict[str, int], list[Target]]]:
+    """The archive, the position of every path in it, and the targets that it lacks."""
+    if not path.is_file():
+        raise ArchiveError(f"{path}: no such file")
+    largest = max((max_png_bytes(target.size) for target in targets), default=0)
+    with open_archive(path, max_entries=len(targets) * len(KINDS), max_entry_bytes=largest) as archive:
+        position = _checked_positions(path, archive.entries, archive.index, targets)
+        missing = _missing(path, position, targets)
+        if missing and not allow_missing:
+            raise MissingTargets(path, missing)
+        yield archive, position, missing
 
 
 def _write_frames(file: h5py.File, frames: Iterable[tuple[Target, RenderedView]], max_bytes: int) -> None:

@@ -61,7 +61,7 @@ def encode_image(rgb: Tensor) -> bytes:
         ValueError: for another shape or non-finite values.
     """
     values = _checked("rgb", rgb, channels=3)
-    return encode_png(np.rint(values.clip(0, 1) * 255).astype(np.uint8).transpose(1, 2, 0))
+    return encode_png(np.rint(values.clip(0, 1) * np.float32(255)).astype(np.uint8).transpose(1, 2, 0))
 
 
 def encode_mask(mask: Tensor) -> bytes:
@@ -143,7 +143,7 @@ def decode_view(files: Mapping[str, bytes], names: Mapping[str, str], size: tupl
 def _checked(name: str, values: Tensor, *, channels: int) -> np.ndarray:
     if values.ndim != 3 or values.shape[0] != channels:
         raise ValueError(f"{name}: expected shape ({channels}, H, W), got {tuple(values.shape)}")
-    array = values.detach().cpu().double().numpy()
+    array = values.detach().cpu().float().numpy()
     if not np.isfinite(array).all():
         raise ValueError(f"{name}: {np.count_nonzero(~np.isfinite(array))} non-finite values")
     return array

@@ -8,9 +8,11 @@ if black were the truth, this leaves the frame out and says so.
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from co3d_ensemble.base.pictures import PictureError, exactly, read_mask, read_photo
-from co3d_ensemble.challenge.archive import read_archive
+from co3d_ensemble.challenge.archive import archive_pictures, decode_pictures
 from co3d_ensemble.challenge.targets import Target
 from co3d_ensemble.data.audit import mask_fault
 from co3d_ensemble.data.co3d import FrameRecord
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 NO_DEPTH, NO_FRAME, NO_TRUTH = "no ground-truth depth", "no frame in the archive", "no frame with ground truth"
 WITHOUT_TRUTH = "without_truth"  # the key of the reasons that holds a line per frame that could not be scored
 MAX_VALUE = 255  # of an 8-bit picture
+MAX_WORKERS = 8
 SHOWN_LINES = 5  # of them in the table, for a test set has hundreds
 
 FrameScores = dict[str, float | None]
@@ -111,9 +114,9 @@ def score_archive(
     *,
     allow_missing: bool = False,
     apply_scale_adjustment: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
 ) -> dict[str, Any]:
-    """Scores every frame of an archive that has ground truth.
+    """Scores every frame of an archive that has ground truth; each picture is checked and decoded once, by the threads that score.
 
     A frame whose ground truth is missing, broken, of another size, or black (redacted) is left out with a warning.
 
@@ -121,7 +124,7 @@ def score_archive(
         records: ground truth per frame, from ``targets_with_records``.
         allow_missing: score what is there; a subset without any frame has null scores and no part in the mean.
         apply_scale_adjustment: see ``load_ground_truth``.
-        workers: threads.
+        workers: threads; None: one per core that this process may use, at most ``MAX_WORKERS``.
 
     Returns:
         ``{"mean": {metric: value}, "subsets": {"<category>/<subset>": {metric: value, "n_frames": n, "n_missing": n,
@@ -132,6 +135,7 @@ def score_archive(
     Raises:
         MissingTargets, ArchiveError: as ``read_archive``.
     """
+    workers = workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
     scores: dict[Target, FrameScores] = {}
     without_truth: dict[Target, str] = {}
     pending: deque[tuple[Target, Future[FrameScores]]] = deque()
@@ -143,10 +147,10 @@ def score_archive(
             logger.warning("%s is not scored: %s", target.path("*"), error)
             without_truth[target] = str(error)
 
-    with ThreadPoolExecutor(workers) as pool:
-        for target, view in read_archive(path, records, allow_missing=allow_missing):
-            pending.append((target, pool.submit(_score_target, target, view, records[target], apply_scale_adjustment)))
-            if len(pending) > 2 * workers:  # bounds the decoded views in memory
+    with ThreadPoolExecutor(workers) as pool, closing(archive_pictures(path, records, allow_missing=allow_missing)) as pictures:
+        for target, files in pictures:
+            pending.append((target, pool.submit(_score_target, path, target, files, records[target], apply_scale_adjustment)))
+            if len(pending) > 2 * workers:  # bounds the pictures in memory
                 collect(*pending.popleft())
         for target, future in pending:
             collect(target, future)
@@ -206,7 +210,10 @@ def format_table(result: Mapping[str, Any]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
 
 
-def _score_target(target: Target, view: RenderedView, record: FrameRecord, apply_scale_adjustment: bool) -> FrameScores:
+def _score_target(
+    path: Path | str, target: Target, files: Mapping[str, bytes], record: FrameRecord, apply_scale_adjustment: bool
+) -> FrameScores:
+    view = decode_pictures(path, target, files)
     truth = load_ground_truth(record, apply_scale_adjustment=apply_scale_adjustment)
     return score_view(view, truth)
 

@@ -1,5 +1,6 @@
 """The child that reads archives. Each test starts one, which takes a third of a second: what needs none is in test_archive_file."""
 
+import dataclasses
 import os
 
 import pytest
@@ -45,6 +46,9 @@ def test_the_child_reads_what_was_written_and_is_gone_when_nobody_reads_on(archi
         assert torch.equal(view.rgb, view_of(target).rgb)
     reading.close()
     assert children() is None
+    with pytest.raises(ArchiveError, match="expected 7 x 9") as caught:
+        check_archive(archive, [dataclasses.replace(target, height=7) for target in TARGETS])
+    assert children() is None and caught.value  # although the error is still held
     interrupted = read_archive(archive, TARGETS)
     next(interrupted)
     with pytest.raises(KeyboardInterrupt):
