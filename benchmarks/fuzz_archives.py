@@ -298,7 +298,7 @@ def _layout(generator: random.Random, path: Path) -> str:
             plist.set_deflate(1)
             plist.set_filter(h5py.h5z.FILTER_DEFLATE, 0, (1,))
             kinds = h5py.h5t.py_create(h5py.vlen_dtype(np.uint8) if name == archives.DATA else np.dtype("S80"), logical=True)
-            h5py.h5d.create(file.id, name.encode(), kinds, h5py.h5s.create_simple((9,)), plist)
+            h5py.h5d.create(file.id, name.encode(), kinds, h5py.h5s.create_simple((9,), (h5py.h5s.UNLIMITED,)), plist)
         else:
             shape = {"scalar": (), "matrix": (3, 3), "fewer": (0,), "more": (1 << 40,)}.get(kind, (9,))
             file.create_dataset(
