@@ -20,6 +20,7 @@ from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.metrics import iou, psnr_masked
 from co3d_ensemble.functional.types import Frame
 from co3d_ensemble.training.checkpoint import read_checkpoint, write_checkpoint
+from co3d_ensemble.training.precision import used_precision
 from co3d_ensemble.training.stepper import Stepper
 from co3d_ensemble.training.validation import mean_scores, score_frame
 
@@ -110,6 +111,12 @@ class CellRun:
             "stride": stride,
             "config": {key: value for key, value in OmegaConf.to_container(config).items() if key not in NOT_RESULT},
         }
+
+    @staticmethod
+    def begun_with(folder: Path) -> dict[str, Any] | None:
+        """The configuration of the cell that was begun in the folder, or None."""
+        path = folder / "cell.json"
+        return json.loads(path.read_text())["config"] if path.exists() else None
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -205,6 +212,7 @@ def run_cell(
         "seconds": clock.seconds,
         "points": points,
         "peak_memory_mb": clock.peak_memory_mb,
+        "precision": used_precision(config),
         "learning_rate": config.training.lr,
         "final": evaluate(stepper, targets, config, device, full=True) if full_final else None,
     }

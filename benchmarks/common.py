@@ -18,9 +18,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from co3d_ensemble.assembly import Scene, compose_experiment, make_task
+from co3d_ensemble.base.machine import processor_name
+from co3d_ensemble.base.precision import bfloat16_words, multiplies_bfloat16, settled_precision
 from co3d_ensemble.base.quoting import escaped
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
 from co3d_ensemble.rendering import resolve_device
+from co3d_ensemble.training.precision import automatic_precision, settle_precision
 from co3d_ensemble.training.stepper import INITIALISATION, Stepper, seed_default_generators
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -100,9 +103,12 @@ def find_sequence(root: Path | None, category: str, scratch: Path) -> tuple[Path
     return generated, GENERATED_CATEGORY
 
 
-def experiment(overrides: Sequence[str], *, root: Path, category: str, device: torch.device) -> DictConfig:
-    """A composed, resolved experiment on a sequence."""
+def experiment(
+    overrides: Sequence[str], *, root: Path, category: str, device: torch.device, stored: Mapping[str, Any] | None = None
+) -> DictConfig:
+    """A composed, resolved experiment on a sequence; precision ``auto`` is that of ``stored``, a configuration, or else the device's."""
     config = compose_experiment([*overrides, f"category={category}", f"subset_name={SUBSET}"])
+    settle_precision(config, automatic_precision(config, device), None if stored is None else OmegaConf.create(dict(stored)))
     OmegaConf.resolve(config)
     config.dataset_root, config.device = escaped(str(root)), str(device)  # last, for resolving takes escapes away
     return config
@@ -222,14 +228,8 @@ def crossing(seconds: Sequence[float], values: Sequence[float], level: float) ->
 
 def machine_in_words(device: torch.device) -> str:
     """Processor, number of usable cores and, on CUDA, the GPU; no host name."""
-    name = "unknown processor"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    except OSError:
-        pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    words = f"{cores} CPU cores ({name})"
+    words = f"{cores} CPU cores ({processor_name()})"
     return f"{torch.cuda.get_device_name(device)}, {words}" if device.type == "cuda" else words
 
 
@@ -242,6 +242,8 @@ def circumstances(script: str, argv: Sequence[str], device: torch.device, machin
         "benchmark": script,
         "machine": machine or machine_in_words(device),
         "device": str(device),
+        "bfloat16": f"{'native' if multiplies_bfloat16(device) else 'emulated'}: {bfloat16_words(device)}",
+        "auto_precision": settled_precision("auto", device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "pytorch3d": pytorch3d.__version__,

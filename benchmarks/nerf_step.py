@@ -45,7 +45,6 @@ from benchmarks.step_timing import (
     IMPLICITRON,
     LONGEST_SIDE,
     OURS,
-    PRECISIONS,
     measure,
     memory_in_processes,
     parse_step_arguments,
@@ -54,6 +53,7 @@ from benchmarks.step_timing import (
     step_parser,
 )
 from co3d_ensemble.assembly import Scene, load_scene
+from co3d_ensemble.base.precision import PRECISIONS
 from co3d_ensemble.base.spread import evenly_spread
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.plugin.frames import load_frames
@@ -84,10 +84,11 @@ def configurations(arguments: argparse.Namespace, root: Path, category: str, dev
     base = "nerf_laptop" if arguments.mlp == "laptop" else "nerf"
     samples = [f"model.renderer.n_pts_per_ray_coarse={coarse}", f"model.renderer.n_pts_per_ray_fine={fine}"]
     found = {}
-    for precision in precisions(arguments):
+    for precision in precisions(arguments, device):
         overrides = [f"experiment={base}", *common, *mlp.ours(), *samples, f"model.nerf.precision={precision}"]
         found[OURS + precision] = experiment(overrides, **place)
-    theirs = experiment(["experiment=implicitron_nerf", *common, *mlp.implicitron(), *implicitron_samples(coarse, fine)], **place)
+    own = "model.implicitron.precision=float32"  # as its authors train it
+    theirs = experiment(["experiment=implicitron_nerf", own, *common, *mlp.implicitron(), *implicitron_samples(coarse, fine)], **place)
     as_overfit_model(theirs)
     return {**found, IMPLICITRON: theirs}
 
@@ -122,16 +123,17 @@ def refinement_seconds(model: ObjectModel, device: torch.device) -> float:
 
 
 def summary(samples: Mapping[str, Sequence[float]], *, refine_s: float, refine_every: int) -> dict[str, Any]:
-    """Medians and their ratios; ``ours_s`` is ours at the precision of the presets, or at the only one measured.
+    """Medians and their ratios; ``ours_s`` is the first side of ours: at the precision of the presets here, or at the only one measured.
 
     The grid's refinement every ``refine_every`` steps is not in ``ours_s``, but in ``ours_with_refinement_s``.
     """
     median = medians(samples)
     theirs = median[IMPLICITRON]
-    precision = next(name for name in PRECISIONS if OURS + name in median)
-    ours = median[OURS + precision]
+    first = next(name for name in median if name != IMPLICITRON)
+    precision, ours = first.removeprefix(OURS), median[first]
     amortised = ours + refine_s / refine_every
-    result = {"ours_s": ours, "implicitron_s": theirs, "ratio": theirs / ours, "ours_precision": precision}
+    result = {"ours_s": ours, "implicitron_s": theirs, "ratio": theirs / ours}
+    result |= {"ours_precision": precision, "implicitron_precision": "float32"}
     for name in PRECISIONS:
         if OURS + name in median:
             result |= {f"ours_{name}_s": median[OURS + name], f"ratio_{name}": theirs / median[OURS + name]}

@@ -36,6 +36,8 @@ from co3d_ensemble.base.signals import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from co3d_ensemble.composition import compose_ensemble, is_ensemble
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.scripts import configure_logging, first_line, reported, run_script
+from co3d_ensemble.training.precision import used_precision
+from co3d_ensemble.training.run_directory import RunDirectory
 from launch import train_sequence
 
 # name of a row and of its experiment at full size; the laptop preset is <experiment>_laptop
@@ -133,6 +135,7 @@ def scored(row: Row) -> dict[str, Any]:
         "name": row.name,
         "experiment": row.experiment,
         "metrics": results["metrics"],
+        "precision": [used_precision(RunDirectory(folder).config) for folder in row.member_folders],
         "steps": [run["steps"] for run in runs],
         "seconds": sum(run["seconds"] for run in runs),
         "reason": None,
@@ -140,7 +143,7 @@ def scored(row: Row) -> dict[str, Any]:
 
 
 def without_scores(name: str, reason: str) -> dict[str, Any]:
-    return {"name": name, "experiment": None, "metrics": None, "steps": [], "seconds": None, "reason": reason}
+    return {"name": name, "experiment": None, "metrics": None, "precision": [], "steps": [], "seconds": None, "reason": reason}
 
 
 def hold_to_plan(arguments: argparse.Namespace, device: torch.device, root: Path, category: str) -> None:

@@ -33,6 +33,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def heading(result: Mapping[str, Any], title: str) -> list[str]:
     place = f"{result['machine']}, device {result['device']}, {result['threads']} CPU threads"
+    place += f", bfloat16 {result['bfloat16']}" if "bfloat16" in result else ""  # results of before do not say it
     return [f"### {title}", "", f"{place}; torch {result['torch']}, PyTorch3D {result['pytorch3d']}; `{result['command']}`", ""]
 
 
@@ -40,7 +41,8 @@ def step_section(result: Mapping[str, Any]) -> list[str]:
     """Of one result of nerf_step.py."""
     title = f"Step: {result['mlp']} MLP, {result['rays']} rays x ({result['samples'][0]} + {result['samples'][1]})"
     memory = result["peak_memory_mb"]
-    rows = [["Implicitron", number(result["implicitron_s"], 4), "1.0", number(memory.get("implicitron"), 0)]]
+    theirs = "Implicitron, float32" if "implicitron_precision" in result else "Implicitron"
+    rows = [[theirs, number(result["implicitron_s"], 4), "1.0", number(memory.get("implicitron"), 0)]]
     for precision in ("float32", "bfloat16"):
         seconds = result.get(f"ours_{precision}_s")
         if seconds is not None:
@@ -98,7 +100,7 @@ def quality_section(result: Mapping[str, Any]) -> list[str]:
         cells = [str(run["steps"]), number(run["final_db"], 2), number(final.get("psnr_masked"), 2), number(final.get("iou"), 3)]
         cells += [number(run["total_s"], 0), number(run["level_s"]), number(run.get("final_reached_s"), 0)]
         cells += [number(run.get("ours_reaches_final_s")), number(run.get("ratio")), number(run["peak_memory_mb"], 0)]
-        rows.append([name, *cells])
+        rows.append([f"{name}, {run['precision']}" if run.get("precision") else name, *cells])
     head = ["run", "steps", "final psnr_masked, dB", "of all pixels", "IoU", "total, s", f"s to {number(result['level_db'], 2)} dB"]
     head += ["s to its final psnr", "s until ours has that psnr", "times sooner", "peak MiB"]
     lines = heading(result, "Time to quality") + table(head, rows)
@@ -120,7 +122,8 @@ def peers_section(result: Mapping[str, Any]) -> list[str]:
             continue
         steps = " + ".join(f"{steps:,}" for steps in row["steps"])
         values = [number(row["metrics"].get(name), 2 if "psnr" in name else 3) for name in PEER_METRICS]
-        rows.append([f"{row['name']} (`{row['experiment']}`)", steps, number(row["seconds"] / 60), *values])
+        model = f"{row['name']} (`{row['experiment']}`{''.join(f', {name}' for name in dict.fromkeys(row.get('precision', ())))})"
+        rows.append([model, steps, number(row["seconds"] / 60), *values])
     title = f"Peers: {result['minutes']:g} minutes of training each"
     lines = heading(result, title) + table(["model", "steps", "minutes", *PEER_METRICS], rows)
     reference = number(result["reference_db"], 2)

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import say, synchronize
+from co3d_ensemble.base.precision import AUTO, PRECISION_CHOICES, PRECISIONS, settled_precision
 from co3d_ensemble.scripts import reported
 from co3d_ensemble.training.stepper import Stepper
 
 IMPLICITRON, OURS = "implicitron", "ours_"  # names of the sides; ours with the precision behind it
-PRECISIONS = ("bfloat16", "float32")  # the first that is measured is that of the presets, and "ours_s"
 STEPS_PER_SAMPLE = {"cpu": 1, "cuda": 20}  # a CUDA step is too short to be timed alone
 LONGEST_SIDE = 200  # pixels of the photographs
 
@@ -35,7 +35,8 @@ def step_parser(description: str | None, *, rays: int, repeats: int, network: st
     parser.add_argument("--category", default="cape")
     parser.add_argument("--longest-side", type=int, default=LONGEST_SIDE, help="of the photographs, pixels (default: %(default)s)")
     parser.add_argument("--rays", type=int, default=rays)
-    parser.add_argument("--precision", choices=(*PRECISIONS, "both"), default="both", help=f"of our {network} (default: %(default)s)")
+    choices = (*PRECISION_CHOICES, "both")
+    parser.add_argument("--precision", choices=choices, default="both", help=f"of our {network} (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=repeats, help="timed samples per side (default: %(default)s)")
     parser.add_argument("--steps-per-sample", type=int, help="steps per timed sample (default: 1 on the CPU, 20 on CUDA)")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes a process per side")
@@ -56,8 +57,11 @@ def parse_step_arguments(parser: argparse.ArgumentParser, argv: Sequence[str]) -
     return arguments
 
 
-def precisions(arguments: argparse.Namespace) -> tuple[str, ...]:
-    return PRECISIONS if arguments.precision == "both" else (arguments.precision,)
+def precisions(arguments: argparse.Namespace, device: torch.device) -> list[str]:
+    """Those to measure; first that of the presets on the device, which "ours_s" is of, where it is among them."""
+    if arguments.precision != "both":
+        return [settled_precision(arguments.precision, device)]
+    return sorted(PRECISIONS, key=lambda name: name != settled_precision(AUTO, device))
 
 
 def alternate(

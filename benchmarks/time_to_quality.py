@@ -28,6 +28,7 @@ from omegaconf import DictConfig
 from benchmarks.cells import Cell, CellRun, run_cell
 from benchmarks.common import MLPS, SUBSET, circumstances, crossing, experiment, find_sequence, implicitron_samples, prepare, say
 from co3d_ensemble.assembly import Scene, load_scene
+from co3d_ensemble.base.precision import PRECISION_CHOICES
 from co3d_ensemble.fields.occupancy import OccupancyGrid
 from co3d_ensemble.files import write_json_atomic
 from co3d_ensemble.functional.cameras import intersect_box, pixel_centers, pixel_rays
@@ -59,9 +60,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cells", help="comma-separated names: run only these (the report takes all that are finished)")
     parser.add_argument(
         "--theirs-precision",
-        choices=("float32", "bfloat16"),
+        choices=PRECISION_CHOICES,
         default="float32",
-        help="bfloat16 lends the baselines autocast, which they do not have: faster than their own (default: %(default)s)",
+        help="bfloat16 lends the baselines autocast, which they do not have: faster than their own where the device multiplies it "
+        "natively, and there auto does so, too (default: %(default)s)",
     )
     parser.add_argument("--override-ours", action="append", default=[], metavar="KEY=VALUE", help="Hydra override, repeatable")
     parser.add_argument("--toy", action="store_true", help="tiny MLPs and few samples: to try the script")
@@ -165,6 +167,7 @@ def summarise(results: Mapping[str, Mapping[str, Any]], reference: float) -> dic
             "level_s": crossing(seconds, values, level),
             "exceeds_level": values[-1] > level,
             "steps": result["max_steps"],
+            "precision": result.get("precision"),  # cells of before say nothing
             "peak_memory_mb": result["peak_memory_mb"],
             "final": result["final"],
         }
@@ -231,7 +234,8 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     unknown = sorted(set(chosen) - set(names))
     if unknown:
         raise ValueError(f"--cells {', '.join(unknown)}: expected some of {', '.join(names)}")
-    configs = [experiment(cell.overrides, root=root, category=category, device=device) for cell in cells]
+    place: dict[str, Any] = {"root": root, "category": category, "device": device}
+    configs = [experiment(cell.overrides, **place, stored=CellRun.begun_with(arguments.output / cell.name)) for cell in cells]
     runs = [
         CellRun(arguments.output / cell.name, cell, config, stride=arguments.stride) for cell, config in zip(cells, configs, strict=True)
     ]

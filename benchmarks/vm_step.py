@@ -184,20 +184,20 @@ def make_case(name: str, arguments: argparse.Namespace, scratch: Path, device: t
     say(f"case {name}: loading the scene, carving its hull, building the sides")
     config, scene = (generated_scene if name == GENERATED else real_scene)(arguments, scratch, device)
     share = arguments.occupied_share if name == GENERATED else None
-    steppers = {OURS + precision: our_stepper(config, scene, device, precision, share=share) for precision in precisions(arguments)}
+    steppers = {OURS + precision: our_stepper(config, scene, device, precision, share=share) for precision in precisions(arguments, device)}
     first = next(iter(steppers.values())).task
     occupied = occupied_share(first)
     if name == GENERATED:
         everything = config.copy()
         everything.model.occupancy.enabled = False
-        for precision in precisions(arguments):
+        for precision in precisions(arguments, device):
             steppers[OURS + precision + ALL_SAMPLES] = our_stepper(everything, scene, device, precision, share=None)
     steppers[IMPLICITRON] = implicitron_stepper(config, first, device)
     return Case(name, f"{config.category}, {len(scene.train)} frames", occupied, steppers)
 
 
 def summary(case: str, samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Medians and ratios of one case; ``ours_s`` is the first precision that was measured, that of the GPU and laptop presets."""
+    """Medians and ratios of one case; ``ours_s`` is the first precision that was measured, that of the presets here."""
     median = medians(samples)
     theirs = median.pop(IMPLICITRON)
     first = next(iter(median))
@@ -248,7 +248,7 @@ def scaling(arguments: argparse.Namespace, scratch: Path, device: torch.device) 
             rows.append({"resolution": resolution, "skipped": reason})
             continue
         say(f"scaling: {resolution} vertices per axis")
-        stepper = our_stepper(chosen, scene, device, precisions(arguments)[0], share=None)
+        stepper = our_stepper(chosen, scene, device, precisions(arguments, device)[0], share=None)
         seconds = medians(measure({"ours": stepper}, arguments, device, warm_up=WARM_UP))["ours"]
         split = parts(stepper, (arguments.repeats + WARM_UP) * steps_per_sample(arguments, device), device)
         stepper.check()
@@ -324,7 +324,8 @@ def benchmark(arguments: argparse.Namespace, argv: Sequence[str], scratch: Path)
         del case  # its moments and averages are large
     if result["cases"]:
         result |= {key: result["cases"][0][key] for key in ("ours_s", "implicitron_s", "ratio", "occupied_share")}
-        result["ours_precision"] = precisions(arguments)[0]
+        result["implicitron_precision"] = "float32"
+        result["ours_precision"] = precisions(arguments, device)[0]
     if arguments.scaling or arguments.only_scaling:
         result["scaling"] = scaling(arguments, scratch, device)
     if sides and not arguments.no_memory:

@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from co3d_ensemble.base.precision import AUTO, PRECISION_HELP
 from co3d_ensemble.settings import setting
 
 
@@ -30,7 +31,7 @@ class NeRFConfig:
     density_bias: float = setting(0.0, "added to the raw density before its activation")
     density_activation: str = setting("softplus", "relu | softplus")
     density_noise_std: float = setting(0.05, "std of the noise on the raw density while training")
-    precision: str = setting("float32", "float32 | bfloat16: autocast of the MLP")
+    precision: str = setting(AUTO, f"of the MLP; {PRECISION_HELP}")
     compile: bool = setting(False, "torch.compile the MLP")
 
 
@@ -60,7 +61,7 @@ class TensoRFConfig:
     color_threshold: float = setting(1e-4, "samples of a smaller weight get no colour; 0: all occupied samples get one")
     tv_normalization: str = setting("content", "content: the same content costs the same at any resolution | reference: TensoRF's")
     tv_lines: bool = setting(False, "total variation of the lines as well as of the planes")
-    precision: str = setting("float32", "float32 | bfloat16: autocast of the colour network")
+    precision: str = setting(AUTO, f"of the colour network; {PRECISION_HELP}")
     compile: bool = setting(False, "torch.compile the colour network")
 
 
@@ -111,7 +112,7 @@ class ImplicitronModelConfig:
     model_class_type: str = setting("OverfitModel", "OverfitModel | GenericModel")
     args: dict[str, Any] = setting({}, "model_<class>_args in Implicitron's format; loss_weights belong here")
     frames_per_step: int = setting(1, "target photographs per optimisation step")
-    precision: str = setting("float32", "float32 | bfloat16: autocast of the implicit functions; their authors trained in float32")
+    precision: str = setting(AUTO, f"of the implicit functions, whose authors trained in float32; {PRECISION_HELP}")
     source_views: int = setting(9, "photographs that features are pooled from, at most in training and at rendering (view pooling only)")
     min_source_views: int = setting(1, "a training step draws its number of source photographs between this and source_views")
     kept_photographs: int = setting(64, "training photographs kept in the weights, of which rendering picks its source views")

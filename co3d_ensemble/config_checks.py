@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 
 from co3d_ensemble.base.paths import plain_part
+from co3d_ensemble.base.precision import PRECISION_CHOICES
 from co3d_ensemble.config import FUSION_METHODS, BoundsConfig, NeRFConfig, TrainingConfig
 from co3d_ensemble.settings import check_betas, check_choices, check_positive, check_ranges, check_shares
 
@@ -23,12 +24,12 @@ PUBLISHED_OVERRIDES = {"mouse/manyview_test_0": [12.0, 32.0]}  # near and far th
 
 _CHOICES = {
     "model.kind": ("nerf", "tensorf", "implicitron"),
-    "model.tensorf.precision": ("float32", "bfloat16"),
+    "model.tensorf.precision": PRECISION_CHOICES,
     "model.tensorf.tv_normalization": ("content", "reference"),
     "model.grid.moments": ("map", "reset"),
     "model.nerf.density_activation": ("relu", "softplus"),
-    "model.nerf.precision": ("float32", "bfloat16"),
-    "model.implicitron.precision": ("float32", "bfloat16"),
+    "model.nerf.precision": PRECISION_CHOICES,
+    "model.implicitron.precision": PRECISION_CHOICES,
     "model.camera_jitter.mode": ("off", "view_direction", "fixed_gauge", "extrinsics"),
     "data.bounds.mode": ("visual_hull", "near_far"),
     "data.check_agreement": ("error", "warn", "off"),
@@ -212,6 +213,8 @@ def _check_networks(model: Any) -> None:
         skip_layers = list(network.skip_layers)
         if not all(1 <= layer < network.n_layers for layer in skip_layers):
             raise ValueError(f"{name}: skip_layers={skip_layers}: must be trunk layers from 1 to n_layers - 1 = {network.n_layers - 1}")
+        if network.precision not in PRECISION_CHOICES:
+            raise ValueError(f"{name}: precision={network.precision!r}: expected one of {', '.join(PRECISION_CHOICES)}")
 
 
 def _check_growth(model: Any) -> None:

@@ -33,6 +33,7 @@ from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.emptiness import empty_model
 from co3d_ensemble.training.lock import FolderLock, RunDirectoryBusy
 from co3d_ensemble.training.loop import TrainingResult, train
+from co3d_ensemble.training.precision import automatic_precision, settle_precision, show_precision, tell_precision
 from co3d_ensemble.training.records import read_metrics
 from co3d_ensemble.training.run_directory import RunDirectory
 from co3d_ensemble.training.stepper import INITIALISATION, seed_default_generators
@@ -64,10 +65,14 @@ def train_sequence(config: DictConfig) -> TrainingResult:
     device = resolve_device(config.device)
     path = run_directory(config.output_dir, config.category, config.subset_name, config.member)
     CO3DIndex(config.dataset_root).subset(config.category, config.subset_name)  # a wrong name leaves no folder behind
-    with RunDirectory.open(path, config, resume=config.training.resume, device=device) as run:
+    automatic = automatic_precision(config, device)
+    with RunDirectory.open(path, config, resume=config.training.resume, device=device, precision=automatic) as run:
         finished = _finished(run)
         if finished is not None:
             return finished
+        tell_precision(config, run.config, path, device)
+        config = config.copy()
+        settle_precision(config, automatic, run.config)
         scene = load_scene(config)
         training = fit_budget(lambda settings: make_task(config, settings, scene, device), run, device)
         seed_default_generators(training.seed, INITIALISATION)
@@ -93,8 +98,9 @@ def _finished(run: RunDirectory) -> TrainingResult | None:
 
 
 def load_trained(run: RunDirectory, device: torch.device) -> tuple[ObjectModel | ImplicitronModel, DictConfig]:
-    """The best checkpoint's model (EMA weights in place) without reading the data set again."""
+    """The best checkpoint's model (EMA weights in place) without reading the data set again; its precision: ``show_precision``."""
     config = run.config
+    show_precision(config)
     checkpoints = Checkpoints(run.checkpoints)
     saved = checkpoints.load_best("cpu")
     with restoring(checkpoints.best):

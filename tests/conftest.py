@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from co3d_ensemble.base import precision
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 _IMPORTS_PYTORCH3D = re.compile(r"^\s*(import|from)\s+pytorch3d\b", re.MULTILINE)
 
@@ -55,6 +57,14 @@ def never_waits() -> Any:
             torch.cuda.set_sync_debug_mode("default")
 
     return guard
+
+
+@pytest.fixture(scope="session", autouse=True)
+def auto_is_float32() -> Iterator[None]:
+    """``precision: auto`` is float32 in this process whatever its CPU: what a test asks of numbers holds on every machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "_cpu_multiplies_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

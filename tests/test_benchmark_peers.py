@@ -56,7 +56,7 @@ def test_rows_are_trained_for_equal_times_scored_and_tabled_and_a_second_call_on
         assert fixed["budget_minutes"] == MINUTES
     assert rows["implicitron_idr"]["metrics"] is None and rows["implicitron_idr"]["reason"] == "not trained yet"
     table = (output / "peers.md").read_text()
-    assert "| nerf (`nerf_laptop`) |" in table and "- implicitron_idr: not trained yet" in table
+    assert "| nerf (`nerf_laptop`, float32) |" in table and "- implicitron_idr: not trained yet" in table
     assert table in capsys.readouterr().out and table.strip() in figures([result]) + "\n"
 
 

@@ -51,7 +51,7 @@ def test_it_writes_its_figures_and_no_folder(root, tmp_path, capsys):
     assert (first["bar"], second["bar"]) == (25, 15)
     assert first["sides"].keys() == {f"ours_{p}{s}" for p in ("bfloat16", "float32") for s in ("", "_all_samples")}
     assert first["sides"]["ours_float32_all_samples"]["bar"] == 1
-    assert result["ours_s"] == first["sides"]["ours_bfloat16"]["seconds"]
+    assert result["ours_s"] == first["sides"]["ours_float32"]["seconds"] and result["ours_precision"] == result["auto_precision"]
     small, larger, skipped = result["scaling"]
     assert small["parameters"] < larger["parameters"] and "GiB are free" in skipped["skipped"]
     for row in (small, larger):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from benchmarks import cells, common, nerf_step, report, step_timing, time_to_quality
+from co3d_ensemble.base import precision as policy
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
 from co3d_ensemble.functional.cameras import pixel_centers, pixel_rays
 from co3d_ensemble.functional.types import Frame, PinholeCamera
@@ -43,14 +44,16 @@ def toy_step(root, tmp_path, *more):
 def test_the_step_benchmark_writes_its_figures_and_no_folder(root, tmp_path, capsys):
     result = toy_step(root, tmp_path, "--scaling", "--no-memory")
     assert result["ratio"] == pytest.approx(result["implicitron_s"] / result["ours_s"])
-    assert result["ours_s"] == result["ours_bfloat16_s"] and result["ours_float32_s"] > 0
+    assert result["auto_precision"] == result["ours_precision"] == result["implicitron_precision"] == "float32"
+    assert result["bfloat16"].startswith("emulated: a")
+    assert result["ours_s"] == result["ours_float32_s"] and result["ours_bfloat16_s"] > 0
     assert 0 < result["occupied_share"] < 1
     assert (result["rays"], result["samples"], result["device"]) == (16, [6, 4], "cpu")
     assert {"threads", "torch", "pytorch3d", "machine", "peak_memory_mb"} <= result.keys()
     assert [(case["frames"], case["longest_side"]) for case in result["scaling"]] == [(12, 100), (10, 200), (12, 200), (12, 400)]
     assert str(tmp_path) not in result["command"] and str(root) not in result["command"]
     assert "implicitron" in capsys.readouterr().out
-    assert "| Implicitron |" in report.figures([result])
+    assert "| Implicitron, float32 |" in report.figures([result])
 
 
 def test_the_child_process_that_measures_memory_prints_one_line(root, capsys):
@@ -94,6 +97,32 @@ def test_the_ratio_is_that_of_the_medians():
     assert result["ratio_float32"] == 5.0
     assert result["ours_with_refinement_s"] == 2.5 and result["ratio_with_refinement"] == 8.0
     assert nerf_step.summary({"ours_float32": [4.0], "implicitron": [8.0]}, refine_s=0.0, refine_every=1)["ours_s"] == 4.0
+
+
+@pytest.mark.parametrize(("native", "order"), [(True, ["bfloat16", "float32"]), (False, ["float32", "bfloat16"])])
+def test_the_precision_of_the_presets_on_this_device_is_measured_first(native, order, monkeypatch):
+    monkeypatch.setattr(policy, "_cpu_multiplies_bfloat16", lambda: native)
+    asked = {name: nerf_step.parse_arguments(["--precision", name]) for name in ("both", "auto", "bfloat16")}
+    found = {name: step_timing.precisions(arguments, torch.device("cpu")) for name, arguments in asked.items()}
+    assert found == {"both": order, "auto": order[:1], "bfloat16": ["bfloat16"]}
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_cell_goes_on_in_its_precision_on_the_other_machine(native, root, tmp_path, monkeypatch):
+    def cell_run():
+        overrides = ("experiment=nerf_laptop",)
+        begun = cells.CellRun.begun_with(tmp_path)
+        config = common.experiment(overrides, root=root, category="mug", device=torch.device("cpu"), stored=begun)
+        return cells.CellRun(tmp_path, cells.Cell("ours", overrides, 1.0, 2, steps=5), config, stride=1)
+
+    monkeypatch.setattr(cells, "seconds_per_step", lambda *_: 1.0)
+    monkeypatch.setattr(policy, "_cpu_multiplies_bfloat16", lambda: native)
+    first = cell_run()
+    first.max_steps(None, torch.device("cpu"))
+    monkeypatch.setattr(policy, "_cpu_multiplies_bfloat16", lambda: not native)
+    again = cell_run()
+    assert again.max_steps(None, torch.device("cpu")) == 5
+    assert again.config.model.nerf.precision == first.config.model.nerf.precision == ("bfloat16" if native else "float32")
 
 
 def test_sides_take_turns_and_warm_up_does_not_count():

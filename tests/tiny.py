@@ -30,6 +30,7 @@ MODEL = {
     "model.nerf.n_hidden": 16,
     "model.nerf.skip_layers": "[]",
     "model.nerf.n_hidden_color": 8,
+    "model.nerf.precision": "float32",  # the same numbers on every machine, in child processes as well
     "model.renderer.n_pts_per_ray_coarse": 8,
     "model.renderer.n_pts_per_ray_fine": 8,
     "model.occupancy.resolution": 16,
@@ -40,6 +41,7 @@ TENSORF = {
     "model.tensorf.n_appearance": 4,
     "model.tensorf.n_features": 6,
     "model.tensorf.n_hidden": 8,
+    "model.tensorf.precision": "float32",
     "model.grid.final_resolution": 12,
 }
 TRAINING = {

@@ -20,10 +20,13 @@ from co3d_ensemble.ablation.results import Results, no_difference
 from co3d_ensemble.ablation.rows import rows_named
 from co3d_ensemble.ablation.settings import AblationConfig
 from co3d_ensemble.assembly import CONFIG_DIR
+from co3d_ensemble.base.machine import processor_name
+from co3d_ensemble.base.precision import bfloat16_words, settled_precision
 from co3d_ensemble.base.progress import Progress
 from co3d_ensemble.base.quoting import DEVICE
 from co3d_ensemble.data.synthetic import SyntheticConfig, generate_dataset
 from co3d_ensemble.files import write_json_atomic
+from co3d_ensemble.rendering import resolve_device
 from co3d_ensemble.training.lock import FolderLock
 
 logger = logging.getLogger(__name__)
@@ -143,7 +146,9 @@ def describe(settings: AblationConfig, command: Sequence[str]) -> str:
             shown = shown.replace(value, Path(value).name)
     lines = ["# Ablation", "", f"`{shown}`", ""]
     shared = f"{settings.jobs} jobs of {settings.threads_per_job} threads, devices {', '.join(settings.devices)}"
-    lines.append(f"{os.cpu_count()} CPU cores, torch {torch.__version__}; {shared}.")
+    lines.append(f"{os.cpu_count()} CPU cores ({processor_name()}), torch {torch.__version__}; {shared}.")
+    device = resolve_device(settings.devices[0])
+    lines.append(f"Precision auto is {settled_precision('auto', device)}: {bfloat16_words(device)}.")
     lines.append("Steps: " + ("as below." if settings.budget is None else f"as many as fit {settings.budget:g} minutes, per cell."))
     lines += ["", f"- NeRF recipe: `{' '.join(settings.nerf)}`", f"- TensoRF recipe: `{' '.join(settings.tensorf)}`"]
     lines += [f"- {name} only: `{' '.join(overrides)}`" for name, overrides in settings.row_overrides.items()]

@@ -7,14 +7,11 @@ device multiplies it natively and float32 elsewhere: a CPU that has to emulate b
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import platform
 from pathlib import Path
 
 import torch
-
-logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -44,14 +41,34 @@ def multiplies_bfloat16(device: torch.device | str) -> bool:
     return device.type == "cpu" and _cpu_multiplies_bfloat16()
 
 
+def bfloat16_words(device: torch.device | str) -> str:
+    """The device by what decides, such as "a CPU with AVX512_BF16 and AMX" or "a GPU of compute capability 7.5"."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return "a GPU of compute capability {}.{}".format(*torch.cuda.get_device_capability(device))
+    if device.type != "cpu":
+        return f"a device of type {device.type}"
+    if not _is_x86():
+        return f"an ARM CPU {'with' if _cpu_multiplies_bfloat16() else 'without'} BF16"
+    if _cpu_multiplies_bfloat16():
+        return "a CPU with AVX512_BF16 or AMX"
+    if _x86_has_bfloat16() and _isa_limit():
+        return f"a CPU that ONEDNN_MAX_CPU_ISA={_isa_limit()} keeps from its AVX512_BF16 and AMX"
+    return "a CPU without AVX512_BF16 and AMX"
+
+
 @functools.cache  # the library reads its variable once per process, too
 def _cpu_multiplies_bfloat16() -> bool:
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None) if torch.backends.mkldnn.is_available() else None
     if supported is None or not supported():  # on ARM that is the answer; on x86 it says AVX512, which may emulate
         return False
-    if platform.machine().lower() not in ("x86_64", "amd64"):
+    if not _is_x86():
         return True
     return _x86_has_bfloat16() and _isa_limit() not in ISAS_WITHOUT_BFLOAT16
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in ("x86_64", "amd64")
 
 
 def _x86_has_bfloat16() -> bool:
@@ -85,3 +102,8 @@ def settled_precision(precision: str, device: torch.device | str) -> str:
 def compute_dtype(precision: str, device: torch.device | str) -> torch.dtype:
     """The dtype of autocast on the device; float32 stands for no autocast."""
     return PRECISIONS[settled_precision(precision, device)]
+
+
+def autocast(device: torch.device | str, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to ``dtype``; for float32 a region without any, also inside one with."""
+    return torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from co3d_ensemble.base.precision import autocast, check_precision, compute_dtype
 from co3d_ensemble.fields.disparity_encoding import disparity_encoding, disparity_encoding_width
 from co3d_ensemble.fields.plane_block import LayerTerms, PlaneBlock, batch_moments, normalisation
-from co3d_ensemble.fields.radiance_mlp import PRECISIONS
 from co3d_ensemble.fields.resnet_encoder import ResNetEncoder
 
 MODES = ("sigma", "alpha")
@@ -72,7 +72,8 @@ class MPINetwork(nn.Module):
             ``d = 1 / z`` the two differ by ``|dd / dz| = d^2``.
         density_scale: density in that unit that an output (``depth``) or a softplus (``disparity``) of 1 stands for. For
             ``disparity`` about 10 over the range of disparities makes a plane of a dozen half transparent at the start.
-        precision: autocast dtype of the convolutions; outputs are float32.
+        precision: ``auto`` (as the device of the pictures has it), ``float32`` or ``bfloat16``: autocast of the convolutions; outputs are
+            float32.
         compile: run the decoder's layers through ``torch.compile`` with dynamic shapes, where planes are not chunked.
 
     Raises:
@@ -97,8 +98,7 @@ class MPINetwork(nn.Module):
         super().__init__()
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: expected one of {', '.join(MODES)}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
+        check_precision(precision)
         if not 1 <= scales <= SCALES:
             raise ValueError(f"scales={scales}: must lie in 1 .. {SCALES}")
         if not 0 <= poolings <= 2:
@@ -109,7 +109,7 @@ class MPINetwork(nn.Module):
             raise ValueError(f"density_scale={density_scale}: must be positive")
         self.n_harmonics, self.encoding, self.scales, self.mode = n_harmonics, encoding, scales, mode
         self.poolings, self.density_unit, self.density_scale = poolings, density_unit, density_scale
-        self.dtype = PRECISIONS[precision]
+        self.precision = precision
         width = disparity_encoding_width(n_harmonics, encoding)
         self.encoder = ResNetEncoder(encoder, weights)
         channels = self.encoder.channels
@@ -298,7 +298,7 @@ class MPINetwork(nn.Module):
         return x
 
     def _autocast(self, like: Tensor) -> AbstractContextManager:
-        return torch.autocast(like.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        return autocast(like.device, compute_dtype(self.precision, like.device))
 
 
 class _Results:

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from co3d_ensemble.base.precision import autocast, check_precision, compute_dtype
 from co3d_ensemble.fields.encoding import encoding_width, harmonic_encoding
 from co3d_ensemble.fields.row_chunks import row_chunks
 
 DENSITY_ACTIVATIONS = ("relu", "softplus")
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class RadianceMLP(nn.Module):
@@ -24,7 +24,8 @@ class RadianceMLP(nn.Module):
     Args:
         n_layers, n_hidden, skip_layers, n_hidden_color: sizes.
         n_harmonics_xyz, n_harmonics_dir: octaves of the encodings.
-        precision: autocast dtype of the linear layers; outputs are float32.
+        precision: ``auto`` (as the device of the points has it), ``float32`` or ``bfloat16``: autocast of the linear layers; outputs
+            are float32.
         compile: run the layers through ``torch.compile`` with dynamic shapes.
 
     Raises:
@@ -46,11 +47,10 @@ class RadianceMLP(nn.Module):
         super().__init__()
         if any(not 0 < layer < n_layers for layer in skip_layers):
             raise ValueError(f"skip_layers={tuple(skip_layers)}: each must lie in 1 .. n_layers - 1 = {n_layers - 1}")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
+        check_precision(precision)
         self.n_harmonics_xyz, self.n_harmonics_dir = n_harmonics_xyz, n_harmonics_dir
         self.skip_layers = frozenset(skip_layers)
-        self.dtype = PRECISIONS[precision]
+        self.precision = precision
         width_xyz, width_dir = encoding_width(3, n_harmonics_xyz), encoding_width(3, n_harmonics_dir)
         self.trunk = nn.ModuleList(
             nn.Linear((width_xyz if i == 0 else n_hidden) + (width_xyz if i in self.skip_layers else 0), n_hidden) for i in range(n_layers)
@@ -75,14 +75,15 @@ class RadianceMLP(nn.Module):
         Returns:
             Raw density (before noise, bias and activation), shape (n,); colour in [0, 1], shape (n, 3); both float32.
         """
-        encoded_dir = harmonic_encoding(directions, self.n_harmonics_dir).to(self.dtype)
+        dtype = compute_dtype(self.precision, points.device)
+        encoded_dir = harmonic_encoding(directions, self.n_harmonics_dir).to(dtype)
         n_points = len(points)
-        parts = [self._evaluate(p, encoded_dir, r) for p, r in row_chunks(points, ray, dtype=self.dtype)]
+        parts = [self._evaluate(p, encoded_dir, r, dtype) for p, r in row_chunks(points, ray, dtype=dtype)]
         return torch.cat([raw for raw, _ in parts])[:n_points], torch.cat([color for _, color in parts])[:n_points]
 
-    def _evaluate(self, points: Tensor, encoded_dir: Tensor, ray: Tensor) -> tuple[Tensor, Tensor]:
-        encoded_xyz = harmonic_encoding(points, self.n_harmonics_xyz).to(self.dtype)
-        with torch.autocast(points.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+    def _evaluate(self, points: Tensor, encoded_dir: Tensor, ray: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        encoded_xyz = harmonic_encoding(points, self.n_harmonics_xyz).to(dtype)
+        with autocast(points.device, dtype):
             raw, color = self._layers(encoded_xyz, encoded_dir.index_select(0, ray))
         return raw.float(), color.float()
 

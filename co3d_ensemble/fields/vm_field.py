@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from co3d_ensemble.base.precision import autocast, check_precision, compute_dtype
 from co3d_ensemble.fields.encoding import encoding_width, harmonic_encoding
-from co3d_ensemble.fields.radiance_mlp import PRECISIONS
 from co3d_ensemble.fields.row_chunks import row_chunks
 from co3d_ensemble.functional import vm
 from co3d_ensemble.functional.vm_penalties import TV_NORMALIZATIONS, add_vm_penalties, vm_penalties
@@ -45,7 +45,8 @@ class VMField(nn.Module):
         n_harmonics_features, n_harmonics_dir: octaves of the encodings.
         density_shift, distance_scale: see above.
         init_std: of the factors' normal initialization (torch's default generator).
-        precision: autocast dtype of the MLP; outputs are float32. (The basis is part of the lookup, always float32.)
+        precision: ``auto`` (as the device has it), ``float32`` or ``bfloat16``: autocast of the MLP; outputs are float32. (The basis
+            is part of the lookup, always float32.)
         compile: run the MLP through ``torch.compile`` with dynamic shapes.
         tv_normalization, tv_lines: see :func:`co3d_ensemble.functional.vm_penalties.vm_penalties`.
 
@@ -78,13 +79,12 @@ class VMField(nn.Module):
         for name, size in (("n_density", n_density), ("n_appearance", n_appearance), ("n_features", n_features), ("n_hidden", n_hidden)):
             if size < 1:
                 raise ValueError(f"{name}={size}: expected at least 1")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
+        check_precision(precision)
         if tv_normalization not in TV_NORMALIZATIONS:
             raise ValueError(f"tv_normalization={tv_normalization!r}: expected one of {', '.join(TV_NORMALIZATIONS)}")
         self.n_harmonics_features, self.n_harmonics_dir = n_harmonics_features, n_harmonics_dir
         self.density_shift, self.distance_scale = density_shift, distance_scale
-        self.dtype = PRECISIONS[precision]
+        self.precision = precision
         self._tv_settings = {"normalization": tv_normalization, "tv_lines": tv_lines}
         box = box.detach().to(torch.get_default_dtype())  # the parameters' dtype
         self.register_buffer("box", box.clone())
@@ -140,7 +140,8 @@ class VMField(nn.Module):
         """
         encoded_dir = harmonic_encoding(directions, self.n_harmonics_dir)
         features = vm.vm_project(self.appearance_planes, self.appearance_lines, self._positions(points)[0], self.basis.weight)
-        parts = [self._evaluate(f, encoded_dir, r) for f, r in row_chunks(features, ray, dtype=self.dtype)]
+        dtype = compute_dtype(self.precision, features.device)
+        parts = [self._evaluate(f, encoded_dir, r, dtype) for f, r in row_chunks(features, ray, dtype=dtype)]
         return torch.cat(parts)[: len(points)]
 
     def penalties(self, names: Collection[str] = PENALTIES) -> dict[str, Tensor]:
@@ -244,8 +245,8 @@ class VMField(nn.Module):
         inside = ((positions >= 0) & (positions <= 1)).all(dim=-1)
         return torch.where(inside[:, None], positions, 0), inside
 
-    def _evaluate(self, features: Tensor, encoded_dir: Tensor, ray: Tensor) -> Tensor:
-        with torch.autocast(features.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+    def _evaluate(self, features: Tensor, encoded_dir: Tensor, ray: Tensor, dtype: torch.dtype) -> Tensor:
+        with autocast(features.device, dtype):
             return self._layers(features, encoded_dir.index_select(0, ray))
 
     def _forward_layers(self, features: Tensor, encoded_dir: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def told_hours(settings: FleetConfig, plan: Plan, reports: Mapping[Pair, Report]
         report = reports[category, subset]
         if lengths[job.name] is None:
             lengths[job.name] = costs[model].job_seconds(frames=report["known"], pixels=report["pixels"])
-    each = ", ".join(f"{model} {duration(cost.loop_seconds)} of training" for model, cost in costs.items())
+    each = ", ".join(f"{model} {duration(cost.loop_seconds)} of training in {cost.precision}" for model, cost in costs.items())
     return [f"expected hours: {packed_hours(list(lengths.values()))}; from a probe on {'/'.join(good[0])}: {each}"]
 
 

@@ -25,6 +25,7 @@ from co3d_ensemble.fleet.settings import FleetConfig
 from co3d_ensemble.rendering import resolve_device
 from co3d_ensemble.scripts import configure_logging, reported
 from co3d_ensemble.training.budget import measure_speed
+from co3d_ensemble.training.precision import automatic_precision, settle_precision, used_precision
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class Cost:
         start_seconds: of the process until its first step, decoding ``frames`` photographs included.
         loop_seconds: of the training loop, validations and structure changes included.
         pixel_seconds: of a rendered pixel.
+        precision: that the model was measured in.
         pixel_share: pixels of a scored render per pixel of the original picture; 1 where the two are one render.
     """
 
@@ -43,6 +45,7 @@ class Cost:
     loop_seconds: float
     pixel_seconds: float
     pixel_share: float
+    precision: str
 
     def job_seconds(self, *, frames: int, pixels: int) -> float:
         """Of a job with so many photographs to train on and so many pixels in all of its targets at their original size."""
@@ -71,6 +74,7 @@ def measure(overrides: Sequence[str], result: Path, *, seconds: float, started: 
     """Times one model and writes its cost."""
     config = compose_experiment(overrides)
     device = resolve_device(config.device)
+    settle_precision(config, automatic_precision(config, device))
     scene = load_scene(config)
     training = config.training
     make_task(config, training, scene, device)
@@ -86,6 +90,7 @@ def measure(overrides: Sequence[str], result: Path, *, seconds: float, started: 
         loop_seconds=loop,
         pixel_seconds=speed.validation_seconds / sum(frame.camera.height * frame.camera.width for frame in scene.val),
         pixel_share=min(1.0, camera.height * camera.width / (record.height * record.width)),
+        precision=used_precision(config),
     )
     write_json_atomic(result, asdict(cost))
     return 0

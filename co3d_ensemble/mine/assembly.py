@@ -22,6 +22,7 @@ from co3d_ensemble.fields.weights_file import restoring
 from co3d_ensemble.mine.config import MINEConfig, validate
 from co3d_ensemble.settings import literal_settings
 from co3d_ensemble.training.checkpoint import Checkpoints, read_checkpoint
+from co3d_ensemble.training.precision import show_precision
 from co3d_ensemble.training.run_directory import RunDirectory
 
 PARAMETERS = "params.yaml"  # what the authors' checkpoints come with
@@ -89,7 +90,8 @@ def build_network(model: Any, *, load_weights: bool = True) -> MPINetwork:
 
 
 def load_trained_mine(path: Path | str, device: torch.device | str = "cpu", preset: str | None = None) -> tuple[MPINetwork, DictConfig]:
-    """The network of a run's best checkpoint (averaged weights in place, eval mode) and the run's configuration.
+    """The network of a run's best checkpoint (averaged weights in place, eval mode) and the run's configuration, its precision as
+    :func:`show_precision` has it.
 
     Args:
         path: a run directory, one of its ``checkpoints/*.pt``, or a checkpoint file of MINE's authors.
@@ -103,6 +105,7 @@ def load_trained_mine(path: Path | str, device: torch.device | str = "cpu", pres
     """
     path = Path(path)
     config = trained_config(path, preset)
+    show_precision(config)
     network = build_network(config.model, load_weights=False)
     run = RunDirectory(run_of(path))
     if run.config_path.is_file():
@@ -165,6 +168,7 @@ def _authors_config(path: Path, preset: str | None) -> DictConfig:
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ValueError(f"{parameters}: {error}") from error
     config.data.root = None  # theirs
+    config.model.precision = "float32"  # theirs, too
     return config
 
 

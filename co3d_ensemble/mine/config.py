@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from co3d_ensemble.base.paths import plain_part
+from co3d_ensemble.base.precision import AUTO, PRECISION_CHOICES, PRECISION_HELP
 from co3d_ensemble.config import LoopConfig
 from co3d_ensemble.config_checks import LOOP_RANGES
 from co3d_ensemble.settings import check_betas, check_choices, check_positive, check_ranges, check_shares, setting
@@ -67,7 +68,7 @@ class MINEModelConfig:
     far_disparity: float = setting(0.001, "disparity of the farthest plane")
     blend_source: bool = setting(True, "visible source pixels keep the photograph's colours")
     plane_chunk: int | None = setting(None, "planes decoded at once in rendering, to fit a small card; null: all")
-    precision: str = setting("float32", "float32 | bfloat16: autocast of the network")
+    precision: str = setting(AUTO, f"of the network; {PRECISION_HELP}")
     compile: bool = setting(False, "torch.compile the decoder")
 
 
@@ -148,7 +149,7 @@ _CHOICES = {
     "model.encoding": ("reference", "slides"),
     "model.mode": ("sigma", "alpha"),
     "model.density_unit": ("depth", "disparity"),
-    "model.precision": ("float32", "bfloat16"),
+    "model.precision": PRECISION_CHOICES,
     "training.schedule": ("warmup_cosine", "milestones"),
     "training.resume": ("auto", "never", "restart"),
     "evaluation.sampling": ("fixed", "stratified"),

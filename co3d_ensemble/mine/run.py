@@ -19,6 +19,7 @@ from co3d_ensemble.report.pictures import training_curve
 from co3d_ensemble.training.budget import fit_budget
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.loop import TrainingResult, train
+from co3d_ensemble.training.precision import automatic_precision, settle_precision, tell_precision
 from co3d_ensemble.training.processes import Processes, joined
 from co3d_ensemble.training.records import read_metrics
 from co3d_ensemble.training.run_directory import RunDirectory, opened_by_first
@@ -49,11 +50,15 @@ def train_together(config: DictConfig, device: torch.device, processes: Processe
         raise ValueError(f"training.batch_size={config.training.batch_size}: must be a multiple of the {processes.size} processes")
     if processes.size > 1 and device.type != "cuda" and config.training.sync_batchnorm:
         logger.warning("training.sync_batchnorm: torch synchronises batch norm on CUDA only; here each process normalises its own share")
-    options: dict[str, Any] = {"resume": config.training.resume, "device": device, "free_keys": FREE_KEYS}
+    automatic = automatic_precision(config, device)
+    options: dict[str, Any] = {"resume": config.training.resume, "device": device, "free_keys": FREE_KEYS, "precision": automatic}
     with opened_by_first(processes, run_directory(config), config, **options) as run:
         finished = processes.from_first(lambda: _finished(run))
         if finished is not None:
             return finished
+        if run is not None:
+            tell_precision(config, run.config, run.path, device)
+        settle_precision(config, {"model.precision": processes.from_first(lambda: run.config.model.precision)})  # type: ignore[union-attr]
 
         def make_task(training: Any) -> MINETask:
             return MINETask(config, training, *pairs, device=device, processes=processes)

@@ -79,7 +79,7 @@ class ImplicitronModel(nn.Module):
         training_frames: Sequence[Frame] = (),
         source_settings: SourceSettings | None = None,
         encoder_weights: Path | str | None = None,
-        precision: str = "float32",
+        precision: str = "auto",
     ) -> None:
         """
         Args:
@@ -94,7 +94,7 @@ class ImplicitronModel(nn.Module):
                 will be loaded.
             source_settings: of a view-pooling model.
             encoder_weights: file with torchvision's weights of the image encoder; None: random.
-            precision: autocast dtype of the implicit functions; what they return is float32 again.
+            precision: ``auto``, ``float32`` or ``bfloat16``: autocast of the implicit functions; what they return is float32 again.
 
         Raises:
             ValueError: unknown model class, component or setting, naming it; weights that would be downloaded, or a file that

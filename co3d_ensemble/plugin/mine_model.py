@@ -71,7 +71,7 @@ class MINEModel(ImplicitronModelBase):
     poolings: int = 2
     density_unit: str = "depth"
     density_scale: float = 1.0
-    precision: str = "float32"
+    precision: str = "auto"
     compile: bool = False
     n_planes: int = 32
     n_fine_planes: int = 0

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 
+from co3d_ensemble.base.machine import processor_name
+from co3d_ensemble.base.precision import bfloat16_words, multiplies_bfloat16
+
 _PACKAGES = ("torch", "pytorch3d", "numpy", "omegaconf", "hydra-core")
 
 
@@ -27,7 +30,10 @@ def describe_environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},  # with its build: 2.11.0+cu130
         "device": str(device),
-        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name(),
+        "bfloat16": f"{'native' if multiplies_bfloat16(device) else 'emulated'}: {bfloat16_words(device)}",
+        "cpu": processor_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from co3d_ensemble.config import BEFORE_THE_SETTING, FREE_KEYS
 from co3d_ensemble.files import remove_temporaries, write_json_atomic, write_text_atomic
 from co3d_ensemble.training.environment import describe_environment
 from co3d_ensemble.training.lock import FolderLock
+from co3d_ensemble.training.precision import agrees_with_any, settle_precision
 from co3d_ensemble.training.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class RunDirectory:
         resume: str = "auto",
         device: torch.device | str = "cpu",
         free_keys: Sequence[str] = FREE_KEYS,
+        precision: Mapping[str, str] | None = None,
     ) -> Iterator[RunDirectory]:
         """The directory, locked for this process, its configuration checked and written.
 
@@ -113,6 +115,7 @@ class RunDirectory:
             resume: ``auto`` goes on with an existing run, ``never`` refuses it, ``restart`` deletes it.
             device: named in ``environment.json``.
             free_keys: settings in which a resumed run may differ.
+            precision: what ``auto`` becomes in a new run, by dotted key, see ``automatic_precision``; an existing run keeps its own.
 
         Raises:
             RunDirectoryBusy: another process holds it.
@@ -129,22 +132,23 @@ class RunDirectory:
                 run._discard()
             elif resume == "never" and run.config_path.exists():
                 raise RunExists(f"{run.path} holds a run already (training.resume=auto goes on with it, restart discards it)")
-            run._settle(_resolved(config))
-            run._describe(device)
+            run._settle(_resolved(config), precision or {})
+            run._describe(device, {key: OmegaConf.select(run.config, key) for key in precision or {}})
             yield run
 
     def fix_max_steps(self, max_steps: int, probe: dict[str, Any]) -> None:
         """Makes ``max_steps``, as a budget has it so far, part of the configuration, for all resumes."""
         write_json_atomic(self.budget_path, {"max_steps": max_steps, **probe})
-        self._settle(self.config)
+        self._settle(self.config, {})
 
-    def _settle(self, config: DictConfig) -> None:
-        """Writes the configuration; the steps that a budget fixed win over the default they replaced."""
+    def _settle(self, asked: DictConfig, precision: Mapping[str, str]) -> None:
+        """Writes the configuration; the steps that a budget fixed win over the default they replaced, as does an earlier precision."""
+        config, stored = asked.copy(), self.config if self.config_path.exists() else None
+        settle_precision(config, precision, stored)
         budget = self.budget
         if budget is not None and OmegaConf.select(config, "training.budget_minutes") is not None:
             OmegaConf.update(config, _MAX_STEPS, budget["max_steps"])
-        if self.config_path.exists():
-            stored = self.config
+        if stored is not None:
             for key, value in BEFORE_THE_SETTING.items():
                 if OmegaConf.select(config, key) is not None and key not in flattened(stored):
                     OmegaConf.update(config, key, value)
@@ -155,16 +159,18 @@ class RunDirectory:
                 raise ConfigMismatch(self.path, differences)
             if differences:  # it stopped before its first checkpoint: there is nothing to protect, and nothing to reuse
                 self._discard()
+                config = asked
+                settle_precision(config, precision)
             elif OmegaConf.select(stored, _LOSS_WEIGHTS) is not None:  # as they were written: checkpoints know the digest
                 OmegaConf.update(config, _LOSS_WEIGHTS, OmegaConf.select(stored, _LOSS_WEIGHTS), merge=False)
         write_text_atomic(self.config_path, OmegaConf.to_yaml(config))
 
-    def _describe(self, device: torch.device | str) -> None:
+    def _describe(self, device: torch.device | str, precision: Mapping[str, str]) -> None:
         earlier = []
         if self.environment_path.exists():
             before = json.loads(self.environment_path.read_text())
             earlier = [*before.pop("earlier_starts", []), before]
-        write_json_atomic(self.environment_path, {**describe_environment(device), "earlier_starts": earlier})
+        write_json_atomic(self.environment_path, {**describe_environment(device), "precision": precision, "earlier_starts": earlier})
 
     def _discard(self) -> None:
         """Deletes the run, and nothing that is not a run's; the configuration last, so that a kill leaves a run."""
@@ -192,13 +198,18 @@ def is_free(key: str, free_keys: Iterable[str] = FREE_KEYS) -> bool:
 
 
 def config_differences(stored: Any, wanted: Any, free_keys: Iterable[str] = FREE_KEYS) -> dict[str, tuple[Any, Any]]:
-    """Settings that can change the result and differ: dotted key -> (stored, wanted). A loss of weight null is one without a weight."""
+    """Settings that can change the result and differ: dotted key -> (stored, wanted).
+
+    A loss of weight null is one without a weight. A wanted precision ``auto`` differs from none.
+    """
     before, now = _without_dropped_losses(flattened(stored)), _without_dropped_losses(flattened(wanted))
     keys = [*before, *(key for key in now if key not in before)]
     return {
         key: (before.get(key, _ABSENT), now.get(key, _ABSENT))
         for key in keys
-        if not is_free(key, free_keys) and before.get(key, _ABSENT) != now.get(key, _ABSENT)
+        if before.get(key, _ABSENT) != now.get(key, _ABSENT)
+        and not is_free(key, free_keys)
+        and not (key in before and agrees_with_any(key, now.get(key)))
     }
 
 

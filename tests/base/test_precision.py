@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from co3d_ensemble.base import precision as policy
+
+ASK = policy._cpu_multiplies_bfloat16.__wrapped__  # what the fixture of all tests puts aside
 
 
 @pytest.fixture
@@ -25,9 +28,8 @@ def cpu(monkeypatch):
 
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
         monkeypatch.delenv(name, raising=False)
-    policy._cpu_multiplies_bfloat16.cache_clear()
-    yield pretend
-    policy._cpu_multiplies_bfloat16.cache_clear()
+    monkeypatch.setattr(policy, "_cpu_multiplies_bfloat16", functools.cache(ASK))
+    return pretend
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,27 @@ def test_a_gpu_is_native_from_capability_8_on(monkeypatch, capability, native):
 
 def test_other_devices_are_not_native():
     assert not policy.multiplies_bfloat16("meta")
+
+
+@pytest.mark.parametrize(
+    ("facts", "limit", "words"),
+    [
+        ({"avx512_bf16": True}, "", "a CPU with AVX512_BF16 or AMX"),
+        ({}, "", "a CPU without AVX512_BF16 and AMX"),
+        ({"amx": True}, "avx2", "a CPU that ONEDNN_MAX_CPU_ISA=AVX2 keeps from its AVX512_BF16 and AMX"),
+        ({"machine": "aarch64"}, "", "an ARM CPU with BF16"),
+        ({"machine": "aarch64", "library": False}, "", "an ARM CPU without BF16"),
+    ],
+)
+def test_a_cpu_is_told_by_what_decides(cpu, monkeypatch, facts, limit, words):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    cpu(**facts)
+    assert policy.bfloat16_words("cpu") == words
+
+
+def test_a_gpu_is_told_by_its_capability(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert policy.bfloat16_words("cuda") == "a GPU of compute capability 7.5"
 
 
 @pytest.mark.parametrize("native", [True, False])

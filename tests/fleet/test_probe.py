@@ -12,12 +12,12 @@ SMALL = [f"{key}={value}" for key, value in (MODEL | TRAINING).items()]
 
 
 def test_a_job_costs_its_loading_its_loop_and_both_kinds_of_renders():
-    cost = Cost(start_seconds=6.0, frames=100, loop_seconds=60.0, pixel_seconds=1e-3, pixel_share=0.25)
+    cost = Cost(start_seconds=6.0, frames=100, loop_seconds=60.0, pixel_seconds=1e-3, pixel_share=0.25, precision="float32")
     assert cost.job_seconds(frames=50, pixels=8000) == pytest.approx(3.0 + 60.0 + 8.0 + 2.0)
 
 
 def test_where_the_run_has_the_original_size_targets_are_rendered_once():
-    cost = Cost(start_seconds=0.0, frames=1, loop_seconds=0.0, pixel_seconds=1e-3, pixel_share=1.0)
+    cost = Cost(start_seconds=0.0, frames=1, loop_seconds=0.0, pixel_seconds=1e-3, pixel_share=1.0, precision="float32")
     assert cost.job_seconds(frames=1, pixels=8000) == pytest.approx(8.0)
 
 

@@ -41,6 +41,7 @@ def overrides(folder, **changes):
         "data.train_options.n_scenes": 4,
         "+data.val_options.n_scenes": 1,
         "model.n_planes": 3,
+        "model.precision": "float32",
         "training.max_steps": STEPS,
         "training.batch_size": 2,
         "training.validate_every": 0.5,
