@@ -26,6 +26,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import co3d_ensemble  # noqa: F401  (before torch, see co3d_ensemble/base/threads.py)
+
+# isort: split
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
