@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from co3d_ensemble.base.paths import listed
 from co3d_ensemble.scripts import run_script
 
 HERE = Path(__file__).resolve().parent
@@ -224,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of result files")
     parser.add_argument("--readme", type=Path, default=HERE / "README.md")
     arguments = parser.parse_args(argv)
-    text = figures([json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))])
+    text = figures([json.loads(path.read_text()) for path in listed(arguments.results, "*.json")])
     if arguments.write:
         arguments.readme.write_text(with_figures(arguments.readme.read_text(), text))
     else:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
+from co3d_ensemble.base.pictures import read_header
 from co3d_ensemble.base.png import encode_png
 from co3d_ensemble.data.co3d import FrameRecord
 from co3d_ensemble.files import write_bytes_atomic, written_atomically
@@ -103,8 +103,8 @@ class Pictures:
 def _size_of(picture: Path) -> tuple[int, int] | None:
     if not picture.exists():
         return None
-    with Image.open(picture) as opened:
-        return opened.size
+    header = read_header(picture)
+    return header.width, header.height
 
 
 def view_name(record: FrameRecord) -> str:

@@ -24,12 +24,13 @@ from omegaconf.errors import OmegaConfBaseException
 from co3d_ensemble.ablation.rows import ROWS
 from co3d_ensemble.ablation.run import ablate
 from co3d_ensemble.ablation.settings import PRESETS, AblationConfig, preset_defaults
+from co3d_ensemble.base.paths import listed
 from co3d_ensemble.scripts import WRONG_ARGUMENTS, first_line, run_script, run_with_settings
 from co3d_ensemble.settings import settings_with_help
 
 
 def help_text() -> str:
-    presets = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml")))
+    presets = ", ".join(path.stem for path in listed(PRESETS, "*.yaml"))
     settings = [f"  {key}={default}\n      {text}" for key, default, text in settings_with_help(AblationConfig)]
     rows = [f"  {row.name}: {row.what}" + (f" (against {row.builds_on})" if row.builds_on else "") for row in ROWS]
     intro = f"preset=<one of {presets}>; what is not given comes from it, then from these defaults:\n"

@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from co3d_ensemble.base.paths import listed
 from co3d_ensemble.mine.assembly import CONFIG_DIR, compose_mine
 from co3d_ensemble.mine.config import MINEConfig
 from co3d_ensemble.mine.run import train_mine
@@ -31,7 +32,7 @@ from co3d_ensemble.settings import settings_with_help
 
 
 def print_help() -> None:
-    experiments = ", ".join(sorted(path.stem for path in (CONFIG_DIR / "mine").glob("*.yaml")))
+    experiments = ", ".join(path.stem for path in listed(CONFIG_DIR / "mine", "*.yaml"))
     print(f"{__doc__}\nexperiment=<one of {experiments}>; without it {compose_mine([]).name}\n")
     print("Settings, with the values they have where the experiment's file says nothing (--cfg shows what it says):\n")
     for key, default, text in settings_with_help(MINEConfig):

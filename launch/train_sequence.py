@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from co3d_ensemble.assembly import CONFIG_DIR, compose_experiment
+from co3d_ensemble.base.paths import listed
 from co3d_ensemble.composition import compose_ensemble, is_ensemble
 from co3d_ensemble.config import EnsembleConfig, ExperimentConfig, MemberConfig
 from co3d_ensemble.ensemble import format_members, train_ensemble
@@ -28,7 +29,7 @@ from co3d_ensemble.settings import settings_with_help
 
 
 def print_help() -> None:
-    experiments = ", ".join(sorted(path.stem for path in (CONFIG_DIR / "experiment").glob("*.yaml")))
+    experiments = ", ".join(path.stem for path in listed(CONFIG_DIR / "experiment", "*.yaml"))
     print(__doc__)
     print(f"experiment=<one of {experiments}>\n")
     ensemble = [*settings_with_help(EnsembleConfig), *settings_with_help(MemberConfig, "members.NAME.")]

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from co3d_ensemble.ablation.rows import ROWS, rows_named
 from co3d_ensemble.assembly import CONFIG_DIR
-from co3d_ensemble.base.paths import plain_part
+from co3d_ensemble.base.paths import listed, plain_part
 from co3d_ensemble.data.synthetic import SyntheticConfig
 from co3d_ensemble.settings import setting
 
@@ -94,5 +94,5 @@ def preset_defaults(name: str, folder: Path = PRESETS) -> Any:
     """
     path = folder / f"{name}.yaml"
     if not path.is_file():
-        raise ValueError(f"preset={name!r}: expected one of {', '.join(sorted(file.stem for file in folder.glob('*.yaml')))}")
+        raise ValueError(f"preset={name!r}: expected one of {', '.join(file.stem for file in listed(folder, '*.yaml'))}")
     return OmegaConf.merge(OmegaConf.structured(AblationConfig), OmegaConf.load(path), {"preset": name})

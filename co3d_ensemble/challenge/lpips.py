@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from co3d_ensemble.base.paths import listed
 from co3d_ensemble.fields.torchvision_import import import_torchvision
 from co3d_ensemble.fields.weights_file import read_weights, restoring
 
@@ -73,7 +74,7 @@ def _find_weights(backbone: str, weights_path: Path | str | None) -> tuple[Path 
         return path, None
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     pattern = f"{BACKBONES[backbone]}-*.pth"
-    found = sorted(folder.glob(pattern))
+    found = listed(folder, pattern)
     return (found[-1], None) if found else (None, f"no {pattern} in {folder}, and nothing is downloaded")
 
 

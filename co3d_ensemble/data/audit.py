@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -96,9 +96,13 @@ def audit_subset(index: CO3DIndex | Path | str, subset: Subset, *, decode: bool)
     findings = [_list_finding(fault) for fault in subset.list_faults]
     with _strict_decoding():
         frames = list(_frames_with_roles(subset))
+        masks: dict[Path, list[str]] = {}
+        for _, record in frames:
+            if record.mask_path is not None:
+                masks.setdefault(record.mask_path, []).append(record.name)
         for role, record in tracked(frames, f"checking {subset.category}/{subset.name}", "frames"):
             check = _FrameCheck(root, record, role, decode)
-            check.labels()
+            check.labels(masks)
             check.camera()
             check.picture_and_mask(expect_redacted=_is_test_set(subset) and role == TARGET)
             check.depth()
@@ -258,8 +262,14 @@ class _FrameCheck:
         message = f"{shown}: {what} (frame {self.record.name})"
         self.findings.append(Finding(self.record.name, shown, self.role, problem, message, spoils))
 
-    def labels(self) -> None:
+    def labels(self, masks: Mapping[Path, Sequence[str]]) -> None:
+        """``masks``: names of the frames that have a file as their mask."""
         record, path = self.record, self.record.image_path
+        if path in masks:
+            self.add(Problem.LABEL_MISMATCH, path, f"the picture is also the mask of {masks[path][0]}")
+        others = [name for name in masks.get(record.mask_path, ()) if name != record.name] if record.mask_path is not None else []
+        if others:
+            self.add(Problem.LABEL_MISMATCH, record.mask_path, f"the mask is also that of {others[0]}")
         folders = Path(relative_path(path, self.root)).parts[:-1]
         for kind, label in (("category", record.category), ("sequence", record.sequence_name)):
             if label not in folders:
@@ -319,7 +329,8 @@ class _FrameCheck:
             if picture is not None and picture.is_sound and self.decode:
                 values = self._pixels(path, kind, read, DEPTH)
                 known += [] if values is None else [values > 0]
-        if known and not np.logical_and.reduce(known).any():
+        is_sound = len(known) == len([path for path, *_ in kinds if path is not None])
+        if is_sound and not np.logical_and.reduce(known).any():
             self.add(Problem.DEPTH_VALUES, record.depth_path, "depth has no value above 0 that its mask calls valid", DEPTH)
 
     def _open(self, path: Path, kind: str, check: _HeaderCheck, expected: Expected, spoils: str = FRAME) -> _Opened | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from co3d_ensemble.base.messages import shown
-from co3d_ensemble.base.paths import inside, plain_part
+from co3d_ensemble.base.paths import inside, listed, plain_part
 from co3d_ensemble.data.annotations import FRAME_ANNOTATIONS_FILE, CategoryAnnotations, FrameKey, FrameRecord, frame_key
 from co3d_ensemble.data.json_files import read_json
 
@@ -340,5 +340,5 @@ def _wrong_root_message(root: Path) -> str:
         return message + f"; it lies too deep, use {above[0]}"
     if (root / FRAME_ANNOTATIONS_FILE).is_file():
         return message + f"; the root is the folder above it, {absolute.parent}, which lacks {SUBSET_LIST_FILE} as well"
-    below = sorted(root.glob(f"*/{SUBSET_LIST_FILE}"))
+    below = listed(root, f"*/{SUBSET_LIST_FILE}")
     return message + (f"; use {below[0].parent}, one level deeper" if below else "")

@@ -14,7 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from co3d_ensemble.base.paths import plain_part
+from co3d_ensemble.base.paths import listed, plain_part
 from co3d_ensemble.base.quoting import literal, override
 from co3d_ensemble.fields.mpi_network import MPINetwork
 from co3d_ensemble.fields.mpi_reference_weights import load_reference
@@ -138,7 +138,7 @@ def trained_config(path: Path, preset: str | None = None) -> DictConfig:
 
 def _runs_below(output_dir: Path) -> str:
     """Where the runs are, of someone who names the output directory or its ``mine`` instead of one of them."""
-    found = sorted(str(file.parent) for pattern in ("*/config.yaml", "mine/*/config.yaml") for file in output_dir.glob(pattern))
+    found = sorted(str(file.parent) for pattern in ("*/config.yaml", "mine/*/config.yaml") for file in listed(output_dir, pattern))
     return f"; runs in it: {', '.join(found)}" if found else ""
 
 
@@ -154,7 +154,7 @@ def run_of(path: Path) -> Path:
 
 def _authors_config(path: Path, preset: str | None) -> DictConfig:
     parameters = path.parent / PARAMETERS
-    presets = sorted(file.stem for file in (CONFIG_DIR / "mine").glob("*.yaml"))
+    presets = [file.stem for file in listed(CONFIG_DIR / "mine", "*.yaml")]
     if preset is None and not parameters.is_file():
         raise ValueError(
             f"{path}: neither a run directory nor a checkpoint in one. If it is a file of MINE's authors, put its {PARAMETERS} beside it "

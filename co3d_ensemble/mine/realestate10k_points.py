@@ -55,7 +55,7 @@ def _triangulate(clip: Clip, scratch: Path) -> ColmapModel:
     # COLMAP matches neighbours in the order of names, and timestamps of different lengths do not sort as numbers
     names = {f"{i:06d}{path.suffix.lower()}": path for i, path in enumerate(clip.frames)}
     for name, path in names.items():
-        (pictures / name).symlink_to(path.resolve())
+        shutil.copyfile(path, pictures / name)  # pycolmap 3.13 takes a link's target for the name
     database = scratch / "database.db"
     folders = {"database": str(database), "pictures": str(pictures)}
     run_pycolmap("extract", clip.folder, **folders, names=list(names))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from co3d_ensemble.base.paths import listed
 from co3d_ensemble.training.processes import ALONE, Processes
 from co3d_ensemble.training.run_directory import RunDirectory
 from co3d_ensemble.training.stepper import INITIALISATION, Stepper, seed_default_generators
@@ -66,7 +67,7 @@ def _plan(run: RunDirectory) -> tuple[DictConfig, bool]:
     config = run.config.training
     if config.get("budget_minutes") is None or run.budget is not None:
         return config, False
-    if any(run.checkpoints.glob("*.pt")):
+    if listed(run.checkpoints, "*.pt"):
         logger.info("training.budget_minutes is ignored: the run started without it, for %d steps", config.max_steps)
         return config, False
     return config, True

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from co3d_ensemble.base.paths import listed
 from co3d_ensemble.base.quoting import with_escapes
 from co3d_ensemble.config import BEFORE_THE_SETTING, FREE_KEYS
 from co3d_ensemble.files import remove_temporaries, write_json_atomic, write_text_atomic
@@ -155,7 +156,7 @@ class RunDirectory:
             if budget is not None:
                 OmegaConf.update(stored, _MAX_STEPS, budget["max_steps"])  # killed between the two files
             differences = config_differences(stored, config, self._free_keys)
-            if differences and any(self.checkpoints.glob("*.pt")):
+            if differences and listed(self.checkpoints, "*.pt"):
                 raise ConfigMismatch(self.path, differences)
             if differences:  # it stopped before its first checkpoint: there is nothing to protect, and nothing to reuse
                 self._discard()

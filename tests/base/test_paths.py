@@ -1,5 +1,6 @@
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,13 @@ def test_a_folder_that_lies_in_a_hidden_one_is_listed(tmp_path):
     folder.mkdir(parents=True)
     (folder / "0001.jpg").touch()
     assert listed(folder, deep=True) == listed(folder) == [folder / "0001.jpg"]
+
+
+PACKAGE = Path(__file__).resolve().parents[2] / "co3d_ensemble"
+LISTS_ITS_OWN_FILES = {"files.py", "mine/mpi_export.py", "pipeline.py", "base/paths.py"}  # temporaries and pictures that it removes
+
+
+def test_folders_are_listed_by_the_one_function_that_leaves_clutter_out():
+    listing = re.compile(r"\.(iterdir|glob|rglob|listdir|scandir|walk)\(")
+    found = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if listing.search(path.read_text(encoding="utf-8"))}
+    assert found <= LISTS_ITS_OWN_FILES

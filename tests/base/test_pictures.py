@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,3 +233,13 @@ def test_a_picture_error_survives_the_way_from_a_worker():
 
     error = pickle.loads(pickle.dumps(PictureError("a.png: is truncated", "is truncated", "unreadable")))
     assert isinstance(error, PictureError) and str(error) == "a.png: is truncated"
+
+
+PACKAGE = Path(__file__).resolve().parents[2] / "co3d_ensemble"
+# the second decodes bytes of archives, which are checked there
+OPENS_PICTURES = {"base/pictures.py", "challenge/frame_io.py"}
+
+
+def test_pictures_are_opened_in_one_place():
+    found = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py") if "Image.open(" in path.read_text(encoding="utf-8")}
+    assert found <= OPENS_PICTURES

@@ -482,6 +482,23 @@ def test_two_frames_of_one_picture_are_both_mislabelled(tiny, other, role):
     assert f"with s1/{other}" in findings["s1/3"].message
 
 
+@pytest.mark.parametrize("other", [3, 4, 12])
+def test_a_mask_that_is_taken_for_a_photograph_is_named_with_its_frame(tiny, other):
+    path = tiny.relative("masks", other)
+    tiny.annotations[3]["image"]["path"] = tiny.lists["train"][3][2] = path
+    finding = next(f for f in tiny.audit(decode=False) if f.problem is Problem.LABEL_MISMATCH)
+    assert_finding(finding, Problem.LABEL_MISMATCH, path, True)
+    assert f"the picture is also the mask of s1/{other}" in finding.message and finding.name == "s1/3"
+
+
+def test_two_frames_of_one_mask_are_both_named(tiny):
+    tiny.annotations[3]["mask"]["path"] = tiny.relative("masks", 12)
+    findings = tiny.audit()
+    for finding, role, other in zip(findings, ("known", "target"), (12, 3), strict=True):
+        assert_finding(finding, Problem.LABEL_MISMATCH, tiny.relative("masks", 12), role == "known", role)
+        assert f"the mask is also that of s1/{other}" in finding.message
+
+
 def test_a_known_frame_with_the_picture_of_a_target_is_withheld_even_without_an_audit(tiny):
     tiny.annotations[3]["image"]["path"] = tiny.lists["train"][3][2] = tiny.relative("images", 12)
     assert 3 not in [record.frame_number for record in tiny.subset().known]
