@@ -160,6 +160,22 @@ def test_broken_frames_are_dropped_with_a_warning_that_names_them(root, tmp_path
         CO3DPairs(root, [SUBSET], max_frame_distance=12, **SIZE).view(broken)  # headers only: found when it is read
 
 
+def test_a_spoilt_depth_map_is_named_where_points_need_it_and_costs_the_depth_where_they_do_not(root, tmp_path, caplog):
+    root = copied(root, tmp_path)
+    record = CO3DIndex(root).subset("mug", "manyview_dev_0").known[0]
+    record.depth_path.write_bytes(record.depth_path.read_bytes()[:-30])
+
+    def pairs(**settings):
+        found = CO3DPairs(root, [SUBSET], max_frame_distance=12, **{**SIZE, **settings})
+        return found, found.load(record)
+
+    with pytest.raises(ValueError, match=f"{record.depth_path.name}: is unreadable or truncated.*; check=decode leaves such frames out"):
+        pairs()
+    with caplog.at_level(logging.WARNING):
+        assert pairs(n_points=0)[1].depth is None
+    assert f"frame {record.name} has no depth: " in caplog.text
+
+
 def test_a_picture_that_disagrees_with_its_annotation_is_not_used(root, tmp_path):
     root = copied(root, tmp_path)
     records = CO3DIndex(root).subset("mug", "manyview_dev_0").known
