@@ -13,6 +13,7 @@ from benchmarks.fuzzing import ALWAYS_FAULTS, Outcome, Target, outcome_of_error
 from co3d_ensemble.fields.weights_file import restoring
 from co3d_ensemble.training.checkpoint import Checkpoints as Files
 from co3d_ensemble.training.checkpoint import read_checkpoint, write_checkpoint
+from co3d_ensemble.training.run_directory import ConfigMismatch
 from tests.training.toy_task import run_toy
 
 STEPS, STOPPED_AT = 12, 6
@@ -58,8 +59,10 @@ class Checkpoints(Target):
             saved = files.load_best()
             with restoring(files.best):
                 task.model.load_state_dict(saved["model"])
+        except ConfigMismatch as error:  # lists every setting that differs, a line each
+            return Outcome.NAMED, str(error)
         except ValueError as error:
-            return outcome_of_error(error, ["is no checkpoint of this run", "holds a run with a different configuration"]), str(error)
+            return outcome_of_error(error, ["is no checkpoint of this run"]), str(error)
         return Outcome.SAME, "went on"
 
 

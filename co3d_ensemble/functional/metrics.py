@@ -1,8 +1,9 @@
 """The metrics of the CO3D challenge (Reizenstein et al., ICCV 2021; CO3Dv2 challenge, EvalAI 1819) and SSIM, on torch tensors.
 
 Every function takes one frame, accumulates in float64 whatever the input's dtype (colours are subtracted in their own, which moves a
-PSNR by less than 1e-7 dB in float32), and returns a float64 scalar on the input's device. Predictions must be finite, else ``ValueError``. Ground-truth masks are foreground probabilities and count
-as foreground where they exceed 1/2. All values equal the challenge's own evaluation to 1e-6.
+PSNR by less than 1e-7 dB in float32), and returns a float64 scalar on the input's device. Predictions must be finite, else
+``ValueError``. Ground-truth masks are foreground probabilities and count as foreground where they exceed 1/2. All values equal the
+challenge's own evaluation to 1e-6.
 """
 
 from __future__ import annotations

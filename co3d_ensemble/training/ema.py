@@ -84,16 +84,19 @@ class EMA:
         """Takes over a saved average.
 
         Raises:
-            ValueError: names or shapes differ from the model's.
+            ValueError: names or shapes differ from the model's, or a decay or count that no average has.
         """
         shapes = {name: tuple(value.shape) for name, value in self.weights.items()}
         saved = {name: tuple(value.shape) for name, value in state["weights"].items()}
         if shapes != saved:
             names = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
             raise ValueError(f"the saved average does not fit the model: {', '.join(names)}")
+        decay, n_updates = float(state["decay"]), int(state["n_updates"])
+        if not 0.0 <= decay < 1.0 or n_updates < 0:
+            raise ValueError(f"the saved average has decay={decay} and n_updates={n_updates}")
         for name, value in self.weights.items():
             value.copy_(state["weights"][name])
-        self.decay, self.n_updates = float(state["decay"]), int(state["n_updates"])
+        self.decay, self.n_updates = decay, n_updates
 
     def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
         named = dict(model.named_parameters())

@@ -92,7 +92,11 @@ class _Clock:
     @staticmethod
     def check(saved: dict[str, Any]) -> None:
         """Raises ``KeyError`` or ``TypeError`` where a saved value is missing or of another type: a checkpoint may hold anything."""
-        for name, default in asdict(_Clock()).items():
+        known = asdict(_Clock())
+        unknown = [name for name in saved if name not in known]
+        if unknown:
+            raise TypeError(f"its clock has an entry {unknown[0]!r}")
+        for name, default in known.items():
             value = saved.get(name, default) if name in _LATER_PARTS else saved[name]
             if not isinstance(value, (int, float) if isinstance(default, float) else type(default)) or isinstance(value, bool):
                 raise TypeError(f"its clock has {name}={value!r}")

@@ -133,7 +133,7 @@ def nested(value, keys, replacement):
     """``value`` with the entry at ``keys`` replaced, or taken away where the replacement is ``...``."""
     if not keys:
         return replacement
-    changed = {**value, keys[0]: nested(value[keys[0]], keys[1:], replacement)} if isinstance(value, dict) else list(value)
+    changed = {**value, keys[0]: nested(value.get(keys[0]), keys[1:], replacement)} if isinstance(value, dict) else list(value)
     if isinstance(changed, list):
         changed[keys[0]] = nested(value[keys[0]], keys[1:], replacement)
     elif changed[keys[0]] is ...:
@@ -186,6 +186,9 @@ def stopped(tmp_path_factory):
         (("ema",), {"weights": {}}),
         (("ema", "weights", "0.weight"), torch.zeros(1)),
         (("ema", "decay"), "fast"),
+        (("ema", "decay"), 1.5),
+        (("ema", "n_updates"), -1),
+        (("clock", "another"), 1),
     ],
 )
 def test_a_whole_checkpoint_of_another_content_is_named_in_one_line(stopped, keys, replacement):
