@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +20,10 @@ from co3d_ensemble.base import precision
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _IMPORTS_PYTORCH3D = re.compile(r"^\s*(import|from)\s+pytorch3d\b", re.MULTILINE)
+
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # what was compiled on another CPU, or for less of this one, may abort here
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="co3d_ensemble_compiled_")
+    atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 
 torch.set_num_threads(1)  # test tensors are small: more threads only wait for each other, ten times as long beside other processes
 
