@@ -24,6 +24,10 @@ from typing import Any
 
 import h5py
 import numpy as np
+
+import co3d_ensemble  # noqa: F401  (before torch, see co3d_ensemble/base/threads.py)
+
+# isort: split
 import torch
 from PIL import Image
 

@@ -18,6 +18,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import co3d_ensemble  # noqa: F401  (before torch, see co3d_ensemble/base/threads.py)
+
+# isort: split
 import torch
 
 from benchmarks.common import circumstances, experiment, find_sequence, make_stepper, medians, prepare, say

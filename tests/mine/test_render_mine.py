@@ -167,7 +167,7 @@ def test_wrong_files_end_with_1_and_one_line(photo, run, tmp_path, capsys):
 
     assert "nowhere.jpg: no such file" in told(tmp_path / "nowhere.jpg", run)
     (tmp_path / "text.jpg").write_text("no picture")
-    assert "text.jpg: cannot be read as a picture" in told(tmp_path / "text.jpg", run)
+    assert "text.jpg: is unreadable or truncated: no picture of a known format" in told(tmp_path / "text.jpg", run)
     assert "neither a run directory" in told(photo, tmp_path / "nowhere")
     for name in "ab":
         write_text_atomic(tmp_path / "outputs" / "mine" / name / "config.yaml", "")
