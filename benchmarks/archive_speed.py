@@ -40,6 +40,7 @@ from co3d_ensemble.challenge.targets import Target  # noqa: E402
 from co3d_ensemble.data.co3d import FrameRecord  # noqa: E402
 from co3d_ensemble.functional.metrics import METRIC_NAMES  # noqa: E402
 from co3d_ensemble.functional.types import RenderedView  # noqa: E402
+from co3d_ensemble.scripts import run_script  # noqa: E402
 
 SIZES = ((400, 400), (600, 800))  # height, width
 REPETITIONS = 3  # of which the fastest counts
@@ -207,4 +208,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

@@ -30,6 +30,7 @@ import torch
 from benchmarks.common import circumstances, experiment, find_sequence, make_stepper
 from co3d_ensemble.assembly import load_scene
 from co3d_ensemble.files import write_json_atomic
+from co3d_ensemble.scripts import run_script
 
 WARM_UP_STEPS = 3
 BUSY = "while True: pass"
@@ -114,4 +115,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)

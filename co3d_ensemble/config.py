@@ -177,7 +177,11 @@ class LoopConfig:
     early_stopping_patience: int | None = setting(None, "stop after this many validations without a better criterion (psnr_masked)")
     checkpoint_every_seconds: float = setting(120.0, "seconds between checkpoints")
     log_every: int = setting(50, "steps between two lines of metrics")
-    resume: str = setting("auto", "auto: go on from the last good checkpoint | never: refuse an existing run | restart: discard it")
+    resume: str = setting(
+        "auto",
+        "auto: go on from the last good checkpoint | extend: go on to more max_steps or budget_minutes, also of a finished run | "
+        "never: refuse an existing run | restart: discard it",
+    )
     seed: int = setting(0, "of weights, sampling and noise")
     deterministic: bool = setting(False, "torch's deterministic algorithms: resumed runs equal uninterrupted ones bit for bit on CPU")
     progress: bool = setting(True, "progress bar")
@@ -269,6 +273,8 @@ class EnsembleConfig:
     overrides: list[str] = setting([], "settings of every member; those of the command line are added")
     fusion: FusionConfig = setting(FusionConfig, "how the members are fused")
 
+
+RESUME_MODES = ("auto", "extend", "never", "restart")
 
 # What runs from before a setting existed did without it: they go on so, whatever its default is now.
 BEFORE_THE_SETTING: dict[str, Any] = {"model.occupancy.refine_share": None, "training.validation_share": None}

@@ -13,7 +13,7 @@ from omegaconf import MISSING, OmegaConf
 
 from co3d_ensemble.base.paths import plain_part
 from co3d_ensemble.base.precision import PRECISION_CHOICES
-from co3d_ensemble.config import FUSION_METHODS, BoundsConfig, NeRFConfig, TrainingConfig
+from co3d_ensemble.config import FUSION_METHODS, RESUME_MODES, BoundsConfig, NeRFConfig, TrainingConfig
 from co3d_ensemble.settings import check_betas, check_choices, check_positive, check_ranges, check_shares
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _CHOICES = {
     "data.bounds.mode": ("visual_hull", "near_far"),
     "data.check_agreement": ("error", "warn", "off"),
     "training.schedule": ("warmup_cosine", "steps"),
-    "training.resume": ("auto", "never", "restart"),
+    "training.resume": RESUME_MODES,
 }
 _POSITIVE = (
     "training.max_steps",

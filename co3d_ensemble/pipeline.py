@@ -91,7 +91,8 @@ def _finished(run: RunDirectory) -> TrainingResult | None:
         return None
     results, best = json.loads(run.results_path.read_text()), checkpoints.load_best()
     logger.info("%s is finished: %s after %d steps", run.path, results["stopped"], results["steps"])
-    logger.info("to score it again, delete %s; to train it again, set training.resume=restart", run.results_path)
+    told = "to score it again, delete %s; training.resume=extend with more training.max_steps goes on, training.resume=restart starts anew"
+    logger.info(told, run.results_path)
     metric = best["metric"] if math.isfinite(best["metric"]) else None
     shares = results.get("time_shares", {})
     return TrainingResult(results["steps"], results["seconds"], metric, results["best_step"], results["stopped"], shares)

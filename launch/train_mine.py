@@ -9,7 +9,8 @@
 
 Arguments are Hydra overrides. Under torchrun training.batch_size pairs are shared by all processes, whose gradients are averaged;
 the first one owns the run directory, <output_dir>/mine/<name>. The same command goes on with an interrupted run, with any number
-of processes. launch/evaluate_mine.py scores a run, launch/render_mine.py shows a photograph from other places.
+of processes; training.resume=extend with more training.max_steps or training.epochs goes on with a finished one.
+launch/evaluate_mine.py scores a run, launch/render_mine.py shows a photograph from other places.
 
 Exit codes: 0 done, 1 an error that the message explains, 2 wrong arguments, 130 Ctrl-C, 143 SIGTERM (both after writing a
 checkpoint).

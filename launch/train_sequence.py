@@ -5,7 +5,9 @@
     python launch/train_sequence.py --help        # every setting with one line of help
     python launch/train_sequence.py --cfg ...     # the composed configuration, without running
 
-Arguments are Hydra overrides. The same command goes on with an interrupted run. An ensemble hands all settings but its own to
+Arguments are Hydra overrides; paths and names are taken as they are typed, whatever characters they have. The same command goes on
+with an interrupted run; training.resume=extend with more training.max_steps or training.budget_minutes goes on with a finished one
+(the learning rate rises again along the new schedule). An ensemble hands all settings but its own to
 every member (training.budget_minutes is for each); members.NAME.overrides.training.seed=1 is for one. Exit codes: 0 done, 1 an
 error that the message explains, 2 wrong arguments, 130 Ctrl-C, 143 SIGTERM (both after writing a checkpoint).
 """

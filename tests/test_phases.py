@@ -13,8 +13,10 @@ from co3d_ensemble import pipeline
 from co3d_ensemble.challenge import archive as archives
 from co3d_ensemble.challenge import scoring
 from co3d_ensemble.plugin.model import ObjectModel
+from co3d_ensemble.plugin.tensorf_model import TensoRFModel
 from co3d_ensemble.training.checkpoint import Checkpoints
 from co3d_ensemble.training.ray_bank_task import RayBankTask
+from co3d_ensemble.training.records import read_metrics
 from co3d_ensemble.training.validation import FrameValidation
 from tests.tiny import evaluate, export, train
 
@@ -126,3 +128,23 @@ def test_folders_of_any_name_are_taken_literally_from_training_to_scores(root, t
     assert json.loads((odd / "scores, 1.json").read_text())["subsets"]
     for path in (*data.rglob("*"), data):
         path.chmod(0o755)
+
+
+@pytest.mark.parametrize("experiment", ["nerf_laptop", "tensorf_laptop"])
+def test_a_finished_run_goes_on_to_more_steps_with_what_it_has_and_is_scored_again(root, trained, tmp_path, monkeypatch, experiment):
+    output, member = tmp_path / "output", experiment.partition("_")[0]
+    run = output / "mug" / DEV / member
+    if member == "nerf":
+        shutil.copytree(trained, output)
+    assert train(root, output, experiment=experiment) == 0
+    before = Checkpoints(run / "checkpoints").load_last()
+    upsampled = signal_at(monkeypatch, TensoRFModel, "upsample", -1)
+    cropped = signal_at(monkeypatch, TensoRFModel, "shrink", -1)
+    assert train(root, output, experiment=experiment, training__max_steps=16, training__resume="extend") == 0
+    results = json.loads((run / "results.json").read_text())
+    assert (results["steps"], results["stopped"]) == (16, "max_steps")
+    assert [record["step"] for record in read_metrics(run / "metrics.jsonl", "train")] == list(range(2, 17, 2))
+    after = Checkpoints(run / "checkpoints").load_last()
+    assert not upsampled and not cropped  # all were made by step 8
+    assert {name: value.shape for name, value in before["model"].items()} == {name: value.shape for name, value in after["model"].items()}
+    assert train(root, output, experiment=experiment, training__max_steps=16, training__resume="extend") == 0  # and is finished

@@ -101,8 +101,8 @@ class Cell:
         if not self.run.results_path.exists():
             return False
         stored, wanted = self.run.config, self.config.copy()
-        if self.run.budget is not None:
-            OmegaConf.update(wanted, "training.max_steps", self.run.budget["max_steps"])
+        if self.run.fixed_max_steps is not None:
+            OmegaConf.update(wanted, "training.max_steps", self.run.fixed_max_steps)
         differences = config_differences(stored, wanted)
         if differences:
             told = "; ".join(f"{key}: {before!r} in the run, {now!r} now" for key, (before, now) in differences.items())

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from co3d_ensemble.base.paths import plain_part
 from co3d_ensemble.base.precision import AUTO, PRECISION_CHOICES, PRECISION_HELP
-from co3d_ensemble.config import LoopConfig
+from co3d_ensemble.config import RESUME_MODES, LoopConfig
 from co3d_ensemble.config_checks import LOOP_RANGES
 from co3d_ensemble.settings import check_betas, check_choices, check_positive, check_ranges, check_shares, setting
 
@@ -151,7 +151,7 @@ _CHOICES = {
     "model.density_unit": ("depth", "disparity"),
     "model.precision": PRECISION_CHOICES,
     "training.schedule": ("warmup_cosine", "milestones"),
-    "training.resume": ("auto", "never", "restart"),
+    "training.resume": RESUME_MODES,
     "evaluation.sampling": ("fixed", "stratified"),
     "evaluation.depth_alignment": ("none", "scale", "median"),
 }

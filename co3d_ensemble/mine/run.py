@@ -79,7 +79,10 @@ def _finished(run: RunDirectory) -> TrainingResult | None:
         return None
     results = json.loads(run.results_path.read_text())
     logger.info(
-        "%s is finished: %s after %d steps (training.resume=restart trains it again)", run.path, results["stopped"], results["steps"]
+        "%s is finished: %s after %d steps (training.resume=extend goes on, restart trains it again)",
+        run.path,
+        results["stopped"],
+        results["steps"],
     )
     return TrainingResult(results["steps"], results["seconds"], results["best_metric"], results["best_step"], results["stopped"])
 

@@ -65,7 +65,7 @@ def fit_budget(
 def _plan(run: RunDirectory) -> tuple[DictConfig, bool]:
     """The training settings, and whether a budget still has to give them their steps."""
     config = run.config.training
-    if config.get("budget_minutes") is None or run.budget is not None:
+    if config.get("budget_minutes") is None or run.fixed_max_steps is not None:
         return config, False
     if listed(run.checkpoints, "*.pt"):
         logger.info("training.budget_minutes is ignored: the run started without it, for %d steps", config.max_steps)

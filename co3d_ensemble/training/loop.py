@@ -29,6 +29,7 @@ from co3d_ensemble.base.signals import EXIT_STATUS, REASONS, Stopped, StopSignal
 from co3d_ensemble.fields.weights_file import restoring
 from co3d_ensemble.functional.schedules import due
 from co3d_ensemble.training.checkpoint import LAST_PARTS, Checkpoints, check_parts, read_checkpoint
+from co3d_ensemble.training.extension import with_extensions
 from co3d_ensemble.training.processes import ALONE, Processes
 from co3d_ensemble.training.records import NoRecords, Records
 from co3d_ensemble.training.run_directory import ConfigMismatch, RunDirectory
@@ -71,7 +72,7 @@ class TrainingResult:
         return EXIT_STATUS.get(self.stopped, 0)
 
 
-_LATER_PARTS = ("plans", "replans", "spent")  # of the clock, which checkpoints from before them lack
+_LATER_PARTS = ("plans", "replans", "spent", "extensions")  # of the clock, which checkpoints from before them lack
 
 
 @dataclass
@@ -87,6 +88,7 @@ class _Clock:
     stopped: str = ""
     plans: list[list[int]] = field(default_factory=list)  # [from_step, max_steps]: one, or more where max_steps changed on the way
     replans: int = 0  # how often a budget was looked at again
+    extensions: int = 0  # how often the run had been extended
     spent: dict[str, float] = field(default_factory=dict)  # seconds by what they went to, steps left out
 
     @staticmethod
@@ -156,7 +158,7 @@ def _load(run: RunDirectory, config: Any, device: torch.device) -> dict[str, Any
         raise ConfigMismatch(run.path, {"checkpoint": (saved["config_digest"][:12], run.config_digest[:12])})
     if saved["clock"]["best_step"] and not checkpoints.has_good_best():
         saved["clock"] |= {"best_metric": -math.inf, "best_step": 0}
-    return {**saved, "path": str(path)}
+    return {**with_extensions(saved, run.extensions), "path": str(path)}
 
 
 class _Loop:
@@ -180,6 +182,8 @@ class _Loop:
         with restoring(saved["path"]):
             self.stepper.load_state_dict(saved)
         self.clock = _Clock(**saved["clock"])
+        if saved.get("extended"):
+            self.stepper.follow_max_steps()
         self._started -= self.clock.seconds
         if self.clock.plans and self.clock.plans[-1][1] != self.config.max_steps:  # stopped between the checkpoint and the budget's file
             self._set_max_steps(self.clock.plans[-1][1])

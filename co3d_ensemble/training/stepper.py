@@ -170,6 +170,11 @@ class Stepper:
             self.ema.rebuild(self.task.model)
             self.ema.load_state_dict(state["ema"])
 
+    def follow_max_steps(self) -> None:
+        """Gives the average the horizon of ``max_steps`` as they are now, for the run was extended; all else asks for them anyway."""
+        if self.ema is not None:
+            self.ema.decay = ema_decay(self.config.max_steps, self.config.ema_horizon)
+
     def _build_optimizer(self) -> torch.optim.Adam:
         self._reduced = None
         groups = self.task.parameter_groups()
