@@ -27,6 +27,7 @@ from benchmarks.common import circumstances, experiment, find_sequence, make_ste
 from benchmarks.step_timing import measure, parse_step_arguments, precisions, run_in_scratch, step_parser
 from co3d_ensemble.assembly import load_scene
 from co3d_ensemble.files import write_json_atomic
+from co3d_ensemble.scripts import run_script
 from co3d_ensemble.training.precision import network_keys
 
 PRESETS = ("nerf_laptop", "tensorf_laptop")
@@ -85,4 +86,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_script(main)
