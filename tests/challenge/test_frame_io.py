@@ -163,3 +163,9 @@ def test_no_sound_png_is_larger_than_the_limit():
     for size in ((1, 1), (1, 3000), (400, 400)):
         noise = random.integers(0, 256, (*size, 3), dtype=np.uint8)
         assert max(len(encode_png(noise)), len(png(noise))) < max_png_bytes(size)
+
+
+def test_colours_round_as_exact_arithmetic_does():
+    rgb = torch.rand(3, 300, 300, generator=torch.Generator().manual_seed(0))
+    decoded = decode_image(encode_image(rgb), "a", (300, 300)) * 255
+    assert torch.equal(decoded.round().double(), (rgb.double() * 255).round())
