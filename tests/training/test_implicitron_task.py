@@ -152,7 +152,7 @@ def test_parameter_groups_hold_every_parameter_at_the_configured_rate():
 
 
 def test_validation_averages_over_frames_and_depth_over_those_that_have_it():
-    first, second = frame(9), frame(8, size=(7, 5), depth=True)
+    first, second = frame(9), frame(8, size=(17, 15), depth=True)  # depth is scored 5 pixels away from the border
     both, alone = task(val=[first, second]).validate(), [task(val=[f]).validate() for f in (first, second)]
     assert both["psnr_masked"] == pytest.approx((alone[0]["psnr_masked"] + alone[1]["psnr_masked"]) / 2)
     assert "depth_abs_fg" not in alone[0]
