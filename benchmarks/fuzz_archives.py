@@ -296,7 +296,7 @@ def _layout(generator: random.Random, path: Path) -> str:
             plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
             plist.set_chunk((16,))
             plist.set_deflate(1)
-            plist.set_filter(h5py.h5z.FILTER_DEFLATE, 0, (1,))
+            plist.set_filter(h5py.h5z.FILTER_DEFLATE, h5py.h5z.FLAG_OPTIONAL, (1,))
             kinds = h5py.h5t.py_create(h5py.vlen_dtype(np.uint8) if name == archives.DATA else np.dtype("S80"), logical=True)
             h5py.h5d.create(file.id, name.encode(), kinds, h5py.h5s.create_simple((9,), (h5py.h5s.UNLIMITED,)), plist)
         else:

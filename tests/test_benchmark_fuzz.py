@@ -94,3 +94,9 @@ def test_damaged_annotations_end_as_they_should(tmp_path, capsys):
     (result,) = json.loads(path.read_text())
     assert result["inputs"] == 6 and result["faults"] == [] and result["counts"]["named"] > 0
     assert capsys.readouterr().out.startswith("annotations: 6 inputs from seed 0\n")
+
+
+@pytest.mark.parametrize("name", ["archives", "checkpoints"])
+def test_a_few_damaged_archives_and_checkpoints_end_as_they_should(name):
+    result = fuzz_inputs.run(name, range(6), seed=0)
+    assert result["inputs"] == 6 and result["faults"] == []
